@@ -1,0 +1,106 @@
+"""Refuse combinations that cannot run, with the numbers, before any process group starts."""
+
+from __future__ import annotations
+
+from moedist.config.schema import Config
+from moedist.errors import ConfigError
+
+ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert")
+CHOICES = {
+    "data.source": ("embedded", "files", "hub"),
+    "model.activation": ("swiglu", "gelu"),
+    "router.name": ROUTERS,
+    "train.dtype": ("float32", "bfloat16", "float16", "float64"),
+    "train.schedule": ("cosine", "linear", "constant"),
+    "engine.name": ("torch",),
+    "monitor.wandb": ("auto", "online", "offline", "disabled"),
+}
+POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
+            "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
+            "train.accumulate", "train.lr", "world.timeout_s", "monitor.log_every", "checkpoint.keep")
+NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
+                "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",
+                "train.clip", "train.eval_every", "checkpoint.every", "model.init_std")
+FRACTIONS = ("data.valid_fraction", "model.dropout", "train.beta1", "train.beta2")  # [0, 1)
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` for the first thing that cannot work with this many ranks.
+
+    Placement (`owners`, `counts`, `batch_shares`) is checked where it is turned into a plan,
+    `moedist.placement.from_config`.
+    """
+    _check_values(config)
+    _check_model(config)
+    _check_phases(config)
+    t = config.train
+    if t.batch % t.accumulate:
+        raise ConfigError(f"train.batch ({t.batch} sequences) must be a multiple of train.accumulate ({t.accumulate}); "
+                          f"set train.batch={t.batch + t.accumulate - t.batch % t.accumulate}")
+    devices = config.world.device.split(",")
+    if len(devices) > 1 and len(devices) != world_size:
+        raise ConfigError(f"world.device lists {len(devices)} devices for {world_size} ranks; give one, or one per rank")
+
+
+def _check_values(config: Config) -> None:
+    for name, allowed in CHOICES.items():
+        if (value := _get(config, name)) not in allowed:
+            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+    for name in POSITIVE:
+        if (value := _get(config, name)) <= 0:
+            raise ConfigError(f"{name} is {value}; it must be above 0")
+    for name in NOT_NEGATIVE:
+        if (value := _get(config, name)) < 0:
+            raise ConfigError(f"{name} is {value}; it must be 0 or more")
+    for name in FRACTIONS:
+        if not 0 <= (value := _get(config, name)) < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 0 and below 1")
+    if config.data.source != "embedded" and not config.data.path:
+        raise ConfigError(f"data.source={config.data.source} needs data.path; "
+                          "use data.source=embedded to train on text that every machine has")
+
+
+def _check_model(config: Config) -> None:
+    m, r = config.model, config.router
+    if m.width % m.heads or (m.width // m.heads) % 2:
+        raise ConfigError(f"model.width ({m.width}) over model.heads ({m.heads}) must be an even whole number "
+                          "(rotary positions turn pairs)")
+    if m.heads % m.kv_heads:
+        raise ConfigError(f"model.heads ({m.heads}) must be a multiple of model.kv_heads ({m.kv_heads})")
+    if m.moe_every > m.layers:
+        raise ConfigError(f"model.moe_every ({m.moe_every}) is above model.layers ({m.layers}): no block would have "
+                          f"experts; set model.moe_every={m.layers} or less, or 0 for a dense model")
+    if m.top_k > m.experts:
+        raise ConfigError(f"model.top_k ({m.top_k}) is above model.experts ({m.experts}); a token cannot go to more "
+                          f"experts than there are: set model.top_k={m.experts} or less")
+    if r.capacity_factor is not None and r.capacity_factor < 0:
+        raise ConfigError(f"router.capacity_factor is {r.capacity_factor}; it must be 0 (dropless) or more")
+    if r.name in ("expert_choice", "soft_moe") and r.capacity_factor == 0:
+        raise ConfigError(f"router.capacity_factor is 0 but a {r.name} expert takes its factor times the even share of "
+                          "rows; set router.capacity_factor=1")
+    if r.name == "switch" and m.top_k != 1:
+        raise ConfigError(f"router.name=switch sends a token to one expert but model.top_k is {m.top_k}; "
+                          "set model.top_k=1 or router.name=topk")
+    if r.name == "shared_expert" and m.shared_experts < 1:
+        raise ConfigError("router.name=shared_expert gates a shared expert but model.shared_experts is 0; "
+                          "set model.shared_experts=1")
+    if r.bias_rate and r.name not in ("topk", "shared_expert"):
+        raise ConfigError(f"router.bias_rate={r.bias_rate} works with router.name=topk and shared_expert, "
+                          f"not {r.name}; set router.bias_rate=0")
+
+
+def _check_phases(config: Config) -> None:
+    if not config.phases:
+        raise ConfigError("phases is empty; give at least one, such as phases: [{train: 300}]")
+    for i, phase in enumerate(config.phases):
+        if not isinstance(phase, dict) or list(phase) != ["train"]:
+            raise ConfigError(f"phases[{i}] is {phase!r}; known phases: {{train: STEPS}}")
+        if not isinstance(phase["train"], int) or phase["train"] < 1:
+            raise ConfigError(f"phases[{i}] trains {phase['train']!r} steps; give a whole number above 0")
+
+
+def _get(config: Config, name: str):
+    value = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,102 @@
+"""Read a configuration from YAML and dotted overrides, and write the resolved one with a comment above every key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from typing import Any, Iterable
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from moedist.config.schema import Config
+from moedist.errors import ConfigError
+
+
+def load_config(path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in a YAML file, with `section.key=value` overrides on top.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}; give the path of a YAML file, such as configs/quickstart.yaml")
+    try:
+        # OmegaConf's loader is YAML 1.1 with the float of YAML 1.2, so that 3e-4 is a number.
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no keys; start from configs/quickstart.yaml")
+    return config_from_dict(tree, overrides, origin=str(path))
+
+
+def config_from_dict(tree: dict[str, Any], overrides: Iterable[str] = (), origin: str = "the configuration") -> Config:
+    """The configuration of a nested dict with dotted overrides on top; see `load_config` for the errors."""
+    overrides = list(overrides)
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(f"override {text!r} has no '='; write it as section.key=value, such as train.lr=3e-4")
+    base = OmegaConf.structured(Config)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.create(tree), OmegaConf.from_dotlist(overrides)))
+    except ConfigKeyError as error:
+        full = str(error.full_key)
+        raise ConfigError(f"unknown key {full!r} in {origin} or its overrides; did you mean "
+                          f"{nearest_key(full)!r}? (moedist train --help lists all keys)") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        where = getattr(error, "full_key", None)
+        raise ConfigError(f"bad value for {where!r} in {origin} or its overrides: "
+                          f"{str(error).splitlines()[0]}") from error
+
+
+def nearest_key(unknown: str) -> str:
+    """The valid dotted key that looks most like an unknown one."""
+    keys = [name for name, _ in _walk(Config)]
+    leaf = unknown.rsplit(".", 1)[-1]
+    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]  # right key in the wrong section
+    return (same_leaf or difflib.get_close_matches(unknown, keys, n=1, cutoff=0.0))[0]
+
+
+def _walk(cls: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
+    for f in dataclasses.fields(cls):
+        yield prefix + f.name, f
+        if dataclasses.is_dataclass(f.default_factory):
+            yield from _walk(f.default_factory, prefix + f.name + ".")
+
+
+def describe_keys() -> str:
+    """All keys as text for `--help`: dotted name, default, meaning."""
+    lines = []
+    defaults = Config()
+    for name, f in _walk(Config):
+        value: Any = defaults
+        for part in name.split("."):
+            value = getattr(value, part)
+        if dataclasses.is_dataclass(value):
+            lines.append(f"\n{name}: {f.metadata['help']}")
+        else:
+            lines.append(f"  {name}={json.dumps(value)}\n      {f.metadata['help']}")
+    return "\n".join(lines)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML with a comment above every key; `load_config` reads it back equal."""
+    return "".join(_yaml_lines(config, 0))
+
+
+def _yaml_lines(section: Any, depth: int) -> Iterable[str]:
+    pad = "  " * depth
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        yield f"{pad}# {f.metadata['help']}\n"
+        if dataclasses.is_dataclass(value):
+            yield f"{pad}{f.name}:\n"
+            yield from _yaml_lines(value, depth + 1)
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
+            yield f"{pad}{f.name}: {text.splitlines()[0]}\n"

@@ -1,0 +1,148 @@
+"""Every key of a configuration, with its type, default and meaning.
+
+The text beside a key is the only place where it is explained: `moedist train --help` and the comments of the resolved
+YAML in the run folder are both made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+def key(default: Any, text: str) -> Any:
+    """A dataclass field with a default and an explanation; lists and dicts are copied for each instance."""
+    metadata = {"help": text}
+    if isinstance(default, (list, dict)) or callable(default):
+        factory = default if callable(default) else lambda: type(default)(default)
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    device: str = key("auto", "auto (the accelerator if there is one), cpu, or a torch device name; a comma-separated "
+                              "list gives one per rank (cuda,cpu: rank 0 on a GPU, rank 1 on the CPU)")
+    timeout_s: float = key(300.0, "seconds a collective waits for a silent rank before the run ends with an error")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = key("embedded", "embedded (Python's own sources and documentation, offline), files, or hub")
+    path: Optional[str] = key(None, "files: a file or folder of .txt/.jsonl/.parquet (train/valid/test found by name); "
+                                    "hub: a dataset name such as Salesforce/wikitext")
+    name: Optional[str] = key(None, "hub: the dataset's configuration, such as wikitext-2-v1")
+    text_field: str = key("text", "column that holds the text in JSONL, Parquet and hub datasets")
+    streaming: bool = key(False, "hub: read documents as they arrive instead of downloading the whole dataset first")
+    max_documents: Optional[int] = key(None, "stop reading a split after this many documents (null: read all)")
+    valid_fraction: float = key(0.05, "part of the documents held out for validation where the source has no such split")
+    tokenizer: str = key("bpe", "byte, bpe (trained on the training text), or the path of a tokenizer.json")
+    vocab: int = key(4096, "vocabulary size of a bpe tokenizer trained here")
+    sequence_length: int = key(256, "tokens a sequence")
+    cache: Optional[str] = key(None, "folder for tokenised text (null: $MOEDIST_CACHE or ~/.cache/moedist)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: int = key(4, "transformer blocks")
+    width: int = key(256, "model width D")
+    heads: int = key(4, "attention heads")
+    kv_heads: int = key(2, "key/value heads (grouped-query attention; equal to heads for plain attention)")
+    ffn_hidden: int = key(1024, "hidden width of the dense feed-forward blocks")
+    moe_every: int = key(1, "every n-th block has experts instead of a dense feed-forward (0: a dense model)")
+    experts: int = key(8, "experts of a layer, E")
+    top_k: int = key(2, "experts a token is sent to, K")
+    expert_hidden: int = key(512, "hidden width of one expert, F")
+    shared_experts: int = key(0, "experts that see every token, kept beside the routed ones on every rank")
+    activation: str = key("swiglu", "swiglu or gelu")
+    tie_embeddings: bool = key(True, "use the token embedding as the output projection")
+    rope_base: float = key(10000.0, "base of the rotary position frequencies")
+    norm_eps: float = key(1e-6, "epsilon of RMSNorm")
+    dropout: float = key(0.0, "dropout after attention and feed-forward, while training")
+    init_std: float = key(0.02, "standard deviation of the initial weights")
+    recompute: bool = key(False, "recompute block activations in the backward pass: less memory, about a third more time")
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    name: str = key("topk", "random, topk, switch, stochastic_topk, expert_choice, soft_moe, hash or shared_expert")
+    balance_loss: float = key(0.01, "weight of the load-balancing loss (loads counted over all ranks)")
+    z_loss: float = key(0.001, "weight of the router z-loss")
+    bias_rate: float = key(0.0, "step of the auxiliary-loss-free balancing bias (0: off; 0.001 is usual; topk and "
+                                "shared_expert)")
+    capacity_factor: Optional[float] = key(None, "rows an expert takes of one sequence, over the even share; topk, "
+                                                 "switch, stochastic_topk, shared_expert: rows above it are dropped "
+                                                 "(0: none is); expert_choice, soft_moe: rows it always takes "
+                                                 "(null: switch 1.25, the others 0 and 1)")
+    normalize: bool = key(True, "scale the K weights of a token to sum to one")
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    owners: Optional[dict[int, list[int]]] = key(None, "rank -> expert ids it owns, in every MoE layer (null: by counts)")
+    counts: Optional[list[int]] = key(None, "experts per rank, such as [5, 3] (null: as equal as possible)")
+    batch_shares: Optional[list[int]] = key(None, "relative batch per rank, such as [2, 1] (null: equal)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch: int = key(16, "sequences of one optimizer step, over all ranks")
+    accumulate: int = key(1, "parts the batch is cut into, one forward and backward each")
+    dtype: str = key("float32", "float32, bfloat16 or float16 (autocast, float32 weights), or float64")
+    lr: float = key(1e-3, "peak learning rate")
+    schedule: str = key("cosine", "cosine, linear or constant")
+    warmup_steps: int = key(20, "steps of linear warm-up")
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak")
+    weight_decay: float = key(0.1, "AdamW weight decay (matrices only)")
+    beta1: float = key(0.9, "AdamW beta 1")
+    beta2: float = key(0.95, "AdamW beta 2")
+    eps: float = key(1e-8, "AdamW epsilon")
+    clip: float = key(1.0, "largest global gradient norm, dense and experts together (0: no clipping)")
+    eval_every: int = key(100, "steps between evaluations on the validation split (0: only at the end)")
+    eval_tokens: Optional[int] = key(None, "validation tokens of one evaluation (null: the whole split)")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    name: str = key("torch", "who holds the dense parameters: torch (replicated, gradients all-reduced)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = key(100, "steps between checkpoints (0: only at the end and on SIGTERM, SIGINT, SIGUSR1)")
+    keep: int = key(2, "newest checkpoints to keep")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    log_every: int = key(10, "steps between log lines")
+    wandb: str = key("auto", "auto (online with a key, else offline), online, offline or disabled")
+    project: str = key("moedist", "Weights & Biases project")
+    group: Optional[str] = key(None, "Weights & Biases group")
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = key("run", "name of the run; its folder is <folder>/<name>-<time>")
+    folder: str = key("runs", "folder that run folders are made in")
+    seed: int = key(0, "seed of weights, data order and routing noise")
+    data: DataConfig = key(DataConfig, "what is read")
+    model: ModelConfig = key(ModelConfig, "what is trained")
+    router: RouterConfig = key(RouterConfig, "how tokens choose experts")
+    placement: PlacementConfig = key(PlacementConfig, "which rank owns which experts and how much of the batch")
+    train: TrainConfig = key(TrainConfig, "how it is trained")
+    engine: EngineConfig = key(EngineConfig, "who holds the dense parameters")
+    phases: list[Any] = key(lambda: [{"train": 300}], "the schedule, one entry a phase: {train: steps}")
+    world: WorldConfig = key(WorldConfig, "devices and process groups")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "when state is saved")
+    monitor: MonitorConfig = key(MonitorConfig, "what is logged where")
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps over all train phases."""
+        return sum(int(phase["train"]) for phase in self.phases if "train" in phase)
+
+    def moe_layers(self) -> list[int]:
+        """Indices of the blocks that have experts: every n-th block, the last of each n."""
+        n = self.model.moe_every
+        return [i for i in range(self.model.layers) if n and (i + 1) % n == 0]

@@ -1,0 +1,11 @@
+"""Carry tokens to the ranks that own their experts, and the results back.
+
+`Dispatcher` does it in six phases; `transport` moves the bytes; `layout` says where everything goes; `segments` holds the
+gathers and sums with exact gradients.
+"""
+
+from moedist.dispatch.dispatcher import Dispatcher, Meta
+from moedist.dispatch.layout import Layout
+from moedist.dispatch.transport import LocalTransport, TorchDistTransport, Transport, build_transport
+
+__all__ = ["Dispatcher", "Layout", "LocalTransport", "Meta", "TorchDistTransport", "Transport", "build_transport"]

@@ -1,0 +1,29 @@
+"""Errors that a user can act on.
+
+Each message says, on one line, what is wrong, with the numbers, and what to do about it. The command line prints the
+message alone and exits with 1; `--debug` adds the stack trace. Anything that is not a `MoedistError` is a bug here.
+"""
+
+
+class MoedistError(Exception):
+    """Base of every error that is the user's to mend."""
+
+
+class ConfigError(MoedistError):
+    """A configuration that cannot run: unknown key, wrong type, impossible combination."""
+
+
+class DataError(MoedistError):
+    """Training text that is missing, empty or unreadable."""
+
+
+class PlacementError(MoedistError):
+    """An assignment of experts or batches to ranks that cannot be carried out."""
+
+
+class CheckpointError(MoedistError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class WorldError(MoedistError):
+    """Ranks that cannot find each other, disagree, or died."""

@@ -1,0 +1,72 @@
+"""The MoE layer: route, dispatch, experts, combine.
+
+G sequences of S tokens on this rank, T = G*S, D width, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moedist.dispatch import Dispatcher
+from moedist.model.experts import ExpertBank
+from moedist.model.feed_forward import FeedForward
+from moedist.routing import Router, RouterInput, balance_loss_sum
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a layer says about one forward pass. Returned, never stored, so that recomputation counts nothing twice.
+
+    Attributes:
+        aux_losses: name -> sum over local tokens, unweighted, with gradient.
+        stats: name -> detached sum over local tokens.
+        load_WE: rows every rank sent to every expert (CPU).
+        demand_E: rows that wanted each expert over all ranks, before capacity (CPU).
+    """
+
+    aux_losses: dict[str, torch.Tensor]
+    stats: dict[str, torch.Tensor]
+    load_WE: torch.Tensor
+    demand_E: torch.Tensor
+
+
+class MoELayer(nn.Module):
+    """A drop-in feed-forward whose experts live on the ranks that the plan names.
+
+    The bank is deliberately not a submodule: the engine replicates what is in the module tree, and experts are not
+    replicated.
+    """
+
+    def __init__(self, router: Router, bank: ExpertBank, dispatcher: Dispatcher, shared: FeedForward | None = None):
+        super().__init__()
+        self.router, self.shared, self.dispatcher = router, shared, dispatcher
+        self._bank = (bank,)  # a tuple hides it from nn.Module
+
+    @property
+    def bank(self) -> ExpertBank:
+        return self._bank[0]
+
+    def forward(self, inputs: RouterInput) -> tuple[torch.Tensor, LayerReport]:
+        """([G, S, D] output, report). Every rank must call it, with zero sequences too."""
+        x_GSD = inputs.x_GSD
+        routed = self.router(inputs)
+        source = x_GSD if routed.mix_in is None else routed.mix_in.to(x_GSD.dtype) @ x_GSD
+        rows, meta = self.dispatcher.dispatch(source.flatten(0, 1), routed.token_ids_N, routed.expert_ids_N,
+                                              extra=routed.demand_E)
+        rows = self.bank(rows, meta.expert_counts_L)
+        y = self.dispatcher.combine(rows, routed.weights_N, meta).view_as(source)
+        if routed.mix_out is not None:
+            y = routed.mix_out.to(y.dtype) @ y
+        if self.shared is not None:
+            shared = self.shared(x_GSD)
+            if routed.shared_gate_T1 is not None:
+                shared = shared * routed.shared_gate_T1.to(shared.dtype).view(*x_GSD.shape[:2], 1)
+            y = y + shared.to(y.dtype)
+        demand_E = meta.extra_W.sum(0)
+        aux = dict(routed.aux_losses)
+        if routed.prob_sum_E is not None:
+            aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device))
+        return y, LayerReport(aux, routed.stats, meta.load_WE, demand_E)

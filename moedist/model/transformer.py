@@ -1,0 +1,173 @@
+"""The decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, dense or MoE feed-forwards.
+
+G sequences of S tokens on this rank, D width, H heads, J key/value heads, C = D / H head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from moedist.config import Config, ModelConfig
+from moedist.dispatch import Dispatcher, Layout, Transport
+from moedist.model.experts import ExpertBank
+from moedist.model.feed_forward import FeedForward
+from moedist.model.initialise import fill_normal
+from moedist.model.moe import LayerReport, MoELayer
+from moedist.placement import Plan
+from moedist.routing import RouterInput, build_router, mix_seeds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids [G, S] with each token's place in the global batch (int64), and the seed of the routing noise."""
+
+    ids_GS: torch.Tensor
+    keys_GS: torch.Tensor
+    seed: int
+
+
+def rotary_tables(length: int, head: int, base: float, device: torch.device,
+                  dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [S, C] of rotary positions (Su et al. 2021, arXiv 2104.09864), halves layout as in Llama."""
+    frequencies = base ** (-torch.arange(0, head, 2, device=device, dtype=torch.float64 if device.type == "cpu" else
+                                         torch.float32) / head)
+    angles = torch.arange(length, device=device, dtype=frequencies.dtype).unsqueeze(1) * frequencies
+    angles = torch.cat([angles, angles], dim=1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn [G, H, S, C] by position."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245); query, key and value in one matrix."""
+
+    def __init__(self, m: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head = m.heads, m.kv_heads, m.width // m.heads
+        self.wqkv = nn.Linear(m.width, (m.heads + 2 * m.kv_heads) * self.head, bias=False)
+        self.wo = nn.Linear(m.width, m.width, bias=False)
+
+    def forward(self, x_GSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        g, s, d = x_GSD.shape
+        qkv = self.wqkv(x_GSD).view(g, s, self.heads + 2 * self.kv_heads, self.head).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = rotate(q, cos.to(q.dtype), sin.to(q.dtype)), rotate(k, cos.to(k.dtype), sin.to(k.dtype))
+        if g:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        else:  # a rank with no sequences: attention kernels refuse empty batches, the graph must still reach q, k, v
+            y = q + 0 * (k.sum() + v.sum())
+        return self.wo(y.transpose(1, 2).reshape(g, s, d))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + feed-forward(norm x)."""
+
+    def __init__(self, m: ModelConfig, feed_forward: nn.Module):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(m.width, eps=m.norm_eps)
+        self.attention = Attention(m)
+        self.ffn_norm = nn.RMSNorm(m.width, eps=m.norm_eps)
+        self.ffn = feed_forward
+        self.dropout = m.dropout
+
+    def forward(self, x_GSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ids_GS: torch.Tensor,
+                keys_GS: torch.Tensor, seed: int) -> tuple[torch.Tensor, LayerReport | None]:
+        x = x_GSD + self._drop(self.attention(self.attention_norm(x_GSD), cos, sin))
+        normed, report = self.ffn_norm(x), None
+        if isinstance(self.ffn, MoELayer):
+            if torch.is_autocast_enabled(x.device.type):  # dispatch moves rows in the compute dtype
+                normed = normed.to(torch.get_autocast_dtype(x.device.type))
+            y, report = self.ffn(RouterInput(normed, ids_GS, keys_GS, seed, self.training))
+        else:
+            y = self.ffn(normed)
+        return x + self._drop(y), report
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class Transformer(nn.Module):
+    """Token ids in, hidden states out; `head_weight` turns them into logits (see `moedist.model.loss`).
+
+    The module tree holds the dense parameters only; `banks` holds the experts of this rank.
+    """
+
+    def __init__(self, config: Config, vocab: int, plan: Plan, transport: Transport, device: torch.device,
+                 dtype: torch.dtype):
+        super().__init__()
+        m = self.m = config.model
+        self.banks: dict[int, ExpertBank] = _Hidden()
+        blocks = []
+        for i in range(m.layers):
+            if i in config.moe_layers():
+                layout = Layout(plan.layer(i), transport.rank, transport.world_size)
+                bank = self.banks[i] = ExpertBank(i, layout.local_experts, m.width,
+                                                  [m.expert_hidden] * len(layout.local_experts), m.activation,
+                                                  device, dtype)
+                router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
+                shared = FeedForward(m.width, m.expert_hidden * m.shared_experts, m.activation) \
+                    if m.shared_experts else None
+                ffn: nn.Module = MoELayer(router, bank, Dispatcher(layout, transport, device), shared)
+            else:
+                ffn = FeedForward(m.width, m.ffn_hidden, m.activation)
+            blocks.append(Block(m, ffn))
+        self.embedding = nn.Embedding(vocab, m.width)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(m.width, eps=m.norm_eps)
+        self.head = None if m.tie_embeddings else nn.Linear(m.width, vocab, bias=False)
+        self.to(device=device, dtype=dtype)
+        self._initialise(config.seed)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, D] output projection."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
+        """(index of the block, its MoE layer)."""
+        return ((i, block.ffn) for i, block in enumerate(self.layers) if isinstance(block.ffn, MoELayer))
+
+    @property
+    def causal(self) -> bool:
+        """False where a router lets a token see later ones."""
+        return all(layer.router.causal for _, layer in self.moe_layers())
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[int, LayerReport]]:
+        """([G, S, D] normalised hidden states, report of every MoE layer)."""
+        x = self.embedding(batch.ids_GS)
+        cos, sin = rotary_tables(x.shape[1], self.m.width // self.m.heads, self.m.rope_base, x.device, x.dtype)
+        reports = {}
+        for i, block in enumerate(self.layers):
+            args = (x, cos, sin, batch.ids_GS, batch.keys_GS, mix_seeds(batch.seed, i))
+            if self.m.recompute and self.training:
+                # without the early stop every rank repeats the same collectives, whatever it saved
+                with set_checkpoint_early_stop(False):
+                    x, report = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x, report = block(*args)
+            if report is not None:
+                reports[i] = report
+        return self.norm(x), reports
+
+    def _initialise(self, seed: int) -> None:
+        std = self.m.init_std
+        out_std = std / (2 * self.m.layers) ** 0.5  # GPT-2: residual writers shrink with depth
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                fill_normal(p, out_std if name.endswith(("wo.weight", "w_out.weight")) else std, seed, name)
+        for bank in self.banks.values():
+            bank.initialise(seed, std, out_std)
+
+
+class _Hidden(dict):
+    """A dict that nn.Module does not look into: experts stay out of the module tree."""

@@ -1,0 +1,113 @@
+"""The plan: who owns which experts in every MoE layer, and who takes how much of the batch.
+
+A plan is data. It is written as canonical JSON (sorted keys, no spaces, rounded floats), so that equal plans have equal
+hashes on every rank, and it is saved in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Sequence
+
+from moedist.errors import PlacementError
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Owners of the experts of one layer.
+
+    Attributes:
+        owners: for every expert, the ranks that hold it, ascending.
+        shares: for every expert, the part of its rows that each of those ranks takes, summing to one.
+    """
+
+    owners: tuple[tuple[int, ...], ...]
+    shares: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def single(cls, owner_of_expert: Sequence[int]) -> "LayerPlan":
+        """A layer whose expert e lives on rank `owner_of_expert[e]` alone."""
+        return cls(tuple((int(r),) for r in owner_of_expert), tuple((1.0,) for _ in owner_of_expert))
+
+    @property
+    def experts(self) -> int:
+        return len(self.owners)
+
+    def owner_of_expert(self) -> list[int]:
+        """The one owner of every expert.
+
+        Raises:
+            PlacementError: an expert has copies.
+        """
+        for e, ranks in enumerate(self.owners):
+            if len(ranks) != 1:
+                raise PlacementError(f"expert {e} is placed on ranks {list(ranks)}; dispatch needs exactly one owner")
+        return [ranks[0] for ranks in self.owners]
+
+    def experts_of_rank(self, rank: int) -> list[int]:
+        """Expert ids that a rank holds, ascending."""
+        return [e for e, ranks in enumerate(self.owners) if rank in ranks]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Owners per MoE layer and batch shares per rank, for a world of `world_size` ranks.
+
+    Attributes:
+        layers: (index of the transformer block, its `LayerPlan`), ascending.
+        batch_shares: relative part of the batch of every rank.
+        speeds: measured expert rows per second of every rank; empty where nothing was measured.
+        predicted_ms: predicted expert time of every rank in one step; empty where nothing was measured.
+    """
+
+    world_size: int
+    layers: tuple[tuple[int, LayerPlan], ...]
+    batch_shares: tuple[float, ...]
+    speeds: tuple[float, ...] = ()
+    predicted_ms: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.batch_shares) != self.world_size:
+            raise PlacementError(f"{len(self.batch_shares)} batch shares for {self.world_size} ranks; give one per rank")
+        for index, layer in self.layers:
+            for e, (ranks, shares) in enumerate(zip(layer.owners, layer.shares)):
+                if not ranks:
+                    raise PlacementError(f"layer {index}: expert {e} has no owner; every expert needs a rank")
+                if len(ranks) != len(shares) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+                    raise PlacementError(f"layer {index}: expert {e} on ranks {list(ranks)} has shares {list(shares)}; "
+                                         "they must be 0 or more and sum to 1")
+                if min(ranks) < 0 or max(ranks) >= self.world_size or list(ranks) != sorted(set(ranks)):
+                    raise PlacementError(f"layer {index}: expert {e} is placed on ranks {list(ranks)}, but the ranks are "
+                                         f"0..{self.world_size - 1}, each at most once")
+
+    def layer(self, index: int) -> LayerPlan:
+        return dict(self.layers)[index]
+
+    def to_json(self) -> str:
+        """Canonical JSON; `from_json` reads it back equal up to rounding of floats to 9 digits."""
+        tree = {
+            "world_size": self.world_size,
+            "layers": [[i, [list(o) for o in p.owners], [_rounded(s) for s in p.shares]] for i, p in self.layers],
+            "batch_shares": _rounded(self.batch_shares),
+            "speeds": _rounded(self.speeds),
+            "predicted_ms": _rounded(self.predicted_ms),
+        }
+        return json.dumps(tree, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        tree = json.loads(text)
+        layers = tuple((i, LayerPlan(tuple(map(tuple, owners)), tuple(map(tuple, shares))))
+                       for i, owners, shares in tree["layers"])
+        return cls(tree["world_size"], layers, tuple(tree["batch_shares"]), tuple(tree["speeds"]),
+                   tuple(tree["predicted_ms"]))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(float(v), 9) for v in values]

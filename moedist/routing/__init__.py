@@ -1,0 +1,36 @@
+"""How tokens choose experts: one router a file, one interface (`base`), found by name here.
+
+Pure: tensors in, tensors out. A router knows nothing of ranks, and gives the same answer however the batch is spread.
+"""
+
+from moedist.config import RouterConfig
+from moedist.routing.base import Assignment, Router, RouterInput
+from moedist.routing.expert_choice import ExpertChoiceRouter
+from moedist.routing.hash import HashRouter
+from moedist.routing.losses import balance_loss_sum
+from moedist.routing.noise import mix_seeds
+from moedist.routing.random import RandomRouter
+from moedist.routing.shared_expert import SharedExpertRouter
+from moedist.routing.soft_moe import SoftMoERouter
+from moedist.routing.stochastic_topk import StochasticTopKRouter
+from moedist.routing.switch import SwitchRouter
+from moedist.routing.topk import TopKRouter
+
+ROUTERS: dict[str, type[Router]] = {
+    "random": RandomRouter,
+    "topk": TopKRouter,
+    "switch": SwitchRouter,
+    "stochastic_topk": StochasticTopKRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "soft_moe": SoftMoERouter,
+    "hash": HashRouter,
+    "shared_expert": SharedExpertRouter,
+}
+
+
+def build_router(width: int, experts: int, top_k: int, config: RouterConfig, sequence: int) -> Router:
+    """The router called `config.name` for training sequences of `sequence` tokens, weights not yet initialised."""
+    return ROUTERS[config.name](width, experts, top_k, config, sequence)
+
+
+__all__ = ["ROUTERS", "Assignment", "Router", "RouterInput", "balance_loss_sum", "build_router", "mix_seeds"]

@@ -1,0 +1,148 @@
+"""What a router is given, what it returns, and the steps that several routers share.
+
+Shapes: G sequences of S tokens on this rank, T = G*S tokens, D width, E experts, K top-k, N rows (token, expert).
+
+Two rules make every router give the same answer however the batch is spread over ranks: whatever looks across tokens
+(capacity, expert choice, soft slots) stays within one sequence, and noise is a pure function of (seed, the token's place
+in the global batch), never of a process's random state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+from torch import nn
+
+from moedist.config import RouterConfig
+
+
+@dataclass(frozen=True)
+class RouterInput:
+    """What a router may look at.
+
+    Attributes:
+        x_GSD: hidden states.
+        vocab_ids_GS: token ids, for routers that hash them.
+        keys_GS: int64 place of every token in the global batch, equal for any number of ranks.
+        seed: changes with the step and the layer.
+        training: False in evaluation and generation, where exploration noise is off.
+    """
+
+    x_GSD: torch.Tensor
+    vocab_ids_GS: torch.Tensor
+    keys_GS: torch.Tensor
+    seed: int
+    training: bool
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Rows to send: token `token_ids_N[i]` goes to expert `expert_ids_N[i]` and comes back times `weights_N[i]`.
+
+    Attributes:
+        token_ids_N: int64, ascending; with `mix_in`, the index of a mixed row instead of a token.
+        expert_ids_N: int64.
+        weights_N: float32 or float64; carries the router's gradient.
+        demand_E: int64 rows each expert was wanted for, before capacity dropped any.
+        prob_sum_E: router probabilities summed over local tokens, for the balance loss; None where the router has none.
+        aux_losses: name -> sum over local tokens of another loss, unweighted.
+        stats: name -> detached sum over local tokens, for metrics.
+        mix_in, mix_out: Soft MoE, [G, M, S] and [G, S, M]: rows = mix_in @ x, y = mix_out @ rows.
+        shared_gate_T1: factor of the shared experts' output.
+    """
+
+    token_ids_N: torch.Tensor
+    expert_ids_N: torch.Tensor
+    weights_N: torch.Tensor
+    demand_E: torch.Tensor
+    prob_sum_E: Optional[torch.Tensor] = None
+    aux_losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    stats: dict[str, torch.Tensor] = field(default_factory=dict)
+    mix_in: Optional[torch.Tensor] = None
+    mix_out: Optional[torch.Tensor] = None
+    shared_gate_T1: Optional[torch.Tensor] = None
+
+
+class Router(nn.Module):
+    """Base of all routers; a subclass gives `forward(RouterInput) -> Assignment`.
+
+    Attributes:
+        causal: False where a token's route depends on later tokens of its sequence: perplexity is then optimistic, and
+            generation differs from training.
+    """
+
+    causal = True
+
+    def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
+        super().__init__()
+        self.width, self.experts, self.top_k, self.config, self.sequence = width, experts, top_k, config, sequence
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, experts={self.experts}, top_k={self.top_k}"
+
+
+def router_dtype(x: torch.Tensor) -> torch.dtype:
+    """Routing is done in float32 (float64 where the model is): a rounded logit sends a token to another expert."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def router_logits(x_GSD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+    """[T, E] scores x @ weight.T in `router_dtype`, outside autocast."""
+    dtype = router_dtype(x_GSD)
+    with torch.autocast(x_GSD.device.type, enabled=False):
+        return x_GSD.flatten(0, 1).to(dtype) @ weight_ED.to(dtype).t()
+
+
+def z_loss_sum(logits_TE: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of logsumexp(logits)^2, the router z-loss of ST-MoE (Zoph et al. 2022, arXiv 2202.08906, eq. 5)."""
+    return logits_TE.logsumexp(-1).square().sum()
+
+
+def entropy_sum(probs_TE: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the entropy (nats) of the routing distribution, detached."""
+    return torch.special.entr(probs_TE.detach()).sum()
+
+
+def demand(expert_ids: torch.Tensor, experts: int) -> torch.Tensor:
+    """[E] number of rows that want each expert."""
+    return torch.bincount(expert_ids.flatten(), minlength=experts)
+
+
+def within_capacity(expert_ids_GSK: torch.Tensor, experts: int, capacity: int) -> torch.Tensor:
+    """Which rows fit when an expert takes at most `capacity` rows of one sequence.
+
+    First choices are served before second ones, earlier tokens before later ones (GShard, Lepikhin et al. 2020, arXiv
+    2006.16668, algorithm 1, with one sequence as the group).
+
+    Returns:
+        bool [G, S, K].
+    """
+    g, s, k = expert_ids_GSK.shape
+    served = expert_ids_GSK.transpose(1, 2).reshape(g, k * s)  # all first choices, then all second choices
+    one_hot = torch.nn.functional.one_hot(served, experts)
+    place = (one_hot.cumsum(1) - 1).gather(2, served.unsqueeze(2)).squeeze(2)
+    return (place < capacity).view(g, k, s).transpose(1, 2)
+
+
+def even_share(sequence: int, top_k: int, experts: int, factor: float) -> int:
+    """Rows of one sequence per expert at capacity factor `factor`: ceil(factor * S * K / E), at least 1."""
+    return max(1, -int(-factor * sequence * top_k // experts))
+
+
+def rows_of_tokens(inputs: RouterInput, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: int,
+                   capacity_factor: float, **more) -> Assignment:
+    """The assignment of token-choice routing: every token goes to its K experts, less what capacity drops."""
+    g, s = inputs.vocab_ids_GS.shape
+    t, k = expert_ids_TK.shape
+    token_ids_TK = torch.arange(t, device=expert_ids_TK.device).unsqueeze(1).expand(t, k)
+    wanted = demand(expert_ids_TK, experts)
+    flat = (token_ids_TK, expert_ids_TK, weights_TK)
+    stats = dict(more.pop("stats", {}))
+    if capacity_factor > 0:
+        capacity = even_share(s, k, experts, capacity_factor)
+        keep_TK = within_capacity(expert_ids_TK.view(g, s, k), experts, capacity).reshape(t, k)
+        flat = tuple(v[keep_TK] for v in flat)
+        stats["dropped_rows"] = (~keep_TK).sum()
+    return Assignment(*(v.reshape(-1) for v in flat), demand_E=wanted, stats=stats, **more)

@@ -1,0 +1,203 @@
+"""The ranks of a job: who am I, on what device, and how do I talk to the others.
+
+The world process group is gloo: control messages and CPU tensors. Where every rank has an accelerator of one vendor,
+tensors travel over a second, native group (`nccl`, which NCCL and RCCL both answer to); otherwise they go through host
+memory over gloo, so that GPU and CPU ranks can share a job. All that knows about vendors is in this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Mapping
+
+import torch
+import torch.distributed as dist
+
+from moedist.config import WorldConfig
+from moedist.errors import WorldError
+
+NATIVE_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rank, size and local rank as the launcher's environment variables say."""
+
+    rank: int
+    size: int
+    local_rank: int
+    launcher: str
+
+
+def find_launch(env: Mapping[str, str] = os.environ) -> Launch:
+    """Read torchrun's, MPI's or Slurm's variables, in this order; a lone process is a world of one.
+
+    Raises:
+        WorldError: a variable is not a number, or the rank is outside the world.
+    """
+    names = (("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+             ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+             ("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+             ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+    for launcher, rank, size, local in names:
+        # an interactive Slurm shell sets SLURM_NTASKS without starting tasks: a step is named by SLURM_STEP_ID
+        if rank in env and size in env and (launcher != "slurm" or "SLURM_STEP_ID" in env):
+            try:
+                found = Launch(int(env[rank]), int(env[size]), int(env.get(local, env[rank])), launcher)
+            except ValueError as error:
+                raise WorldError(f"{rank}={env[rank]!r}, {size}={env[size]!r}: not whole numbers; "
+                                 "start with torchrun, mpirun or srun") from error
+            if not 0 <= found.rank < found.size:
+                raise WorldError(f"{rank}={found.rank} is outside the world of {size}={found.size}; check the launcher")
+            return found
+    return Launch(0, 1, 0, "single process")
+
+
+def pick_device(wanted: str, launch: Launch) -> torch.device:
+    """The device of this rank: `wanted` is auto, cpu, a torch device, or a comma-separated list with one per rank.
+
+    Raises:
+        WorldError: the device is not there.
+    """
+    names = wanted.split(",")
+    name = (names[launch.rank] if len(names) > 1 else names[0]).strip()
+    present = torch.accelerator.is_available()
+    if name == "cpu" or (name == "auto" and not present):
+        return torch.device("cpu")
+    if not present:
+        raise WorldError(f"world.device asks for {name!r} on rank {launch.rank} but torch sees no accelerator here; "
+                         "set world.device=cpu or install torch for your device")
+    kind = torch.accelerator.current_accelerator().type
+    if name not in ("auto", kind):
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise WorldError(f"world.device {name!r} is not a torch device; use auto, cpu or {kind}") from error
+        if device.type != kind:
+            raise WorldError(f"world.device asks for {name!r} but the accelerator here is {kind!r}; use auto, cpu or {kind}")
+        return device
+    return torch.device(kind, launch.local_rank % torch.accelerator.device_count())
+
+
+def vendor_of(device: torch.device) -> str:
+    """nvidia, amd, intel, apple or cpu, from the torch build and the device type."""
+    if device.type == "cuda":
+        return "amd" if torch.version.hip else "nvidia"
+    return {"xpu": "intel", "mps": "apple", "cpu": "cpu"}.get(device.type, device.type)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks: returning them each step costs up to a third of it in page faults on a CPU."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+@dataclass
+class World:
+    """This rank among the others. Make one with `World.start`, end it with `close` (or use `with`)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = "single process"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: Any = None  # gloo group; None in a world of one
+    native: Any = None  # nccl/xccl group where all ranks share one vendor, else None
+
+    @classmethod
+    def start(cls, config: WorldConfig = WorldConfig()) -> "World":
+        """Find the launcher, pick the device, connect the ranks.
+
+        Raises:
+            WorldError: the ranks cannot meet, or the device is missing.
+        """
+        launch = find_launch()
+        device = pick_device(config.device, launch)
+        if device.type == "cpu":
+            keep_freed_memory()
+        else:
+            torch.accelerator.set_device_index(device.index or 0)
+        world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device)
+        if launch.size > 1:
+            world._connect(config.timeout_s)
+        return world
+
+    def _connect(self, timeout_s: float) -> None:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise WorldError(f"rank {self.rank} of {self.size} could not reach the others at {where} within {timeout_s:g} "
+                             f"s ({str(error).splitlines()[0]}); check MASTER_ADDR and the network") from error
+        self.control = dist.group.WORLD
+        vendors = self.gather_objects((vendor_of(self.device), self.device.type, platform.node(), self.device.index))
+        one_vendor = len({v[:2] for v in vendors}) == 1
+        own_device_each = len(set(v[2:] for v in vendors)) == self.size  # NCCL refuses two ranks on one GPU
+        backend = NATIVE_BACKENDS.get(self.device.type)
+        if one_vendor and own_device_each and backend and dist.is_backend_available(backend):
+            self.native = dist.new_group(backend=backend, timeout=timeout)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def vendor(self) -> str:
+        return vendor_of(self.device)
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.control is not None and dist.is_initialized():
+            dist.destroy_process_group()
+        self.control = self.native = None
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """`value` of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce a contiguous tensor over all ranks, in place; staged through host memory where no native group is."""
+        if self.size == 1:
+            return tensor
+        reduce_op = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
+        if tensor.device.type == "cpu":
+            dist.all_reduce(tensor, reduce_op, group=self.control)
+        elif self.native is not None:
+            dist.all_reduce(tensor, reduce_op, group=self.native)
+        else:
+            host = tensor.cpu()
+            dist.all_reduce(host, reduce_op, group=self.control)
+            tensor.copy_(host)
+        return tensor

@@ -1,0 +1,78 @@
+"""Any owner map, any router, any number of ranks gives the one-process result, forward and backward."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moedist.routing import ROUTERS
+from tests.moe_cases import Case, run_case
+from tests.ranks import run_ranks
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def check_equals_one_process(case: Case) -> None:
+    alone = run_ranks(1, run_case, case.alone())[0]
+    parts = run_ranks(len(case.sequences), run_case, case)
+    torch.testing.assert_close(torch.cat([p.y for p in parts]), alone.y, **EXACT)
+    torch.testing.assert_close(torch.cat([p.grad_x for p in parts]), alone.grad_x, **EXACT)
+    assert sum(p.loss for p in parts) == pytest.approx(alone.loss, rel=1e-10, abs=1e-10)
+    for name, grad in alone.grads.items():
+        torch.testing.assert_close(sum(p.grads[name] for p in parts), grad, **EXACT)
+    expert_grads = {}
+    for part in parts:
+        assert not expert_grads.keys() & part.expert_grads.keys()
+        expert_grads.update(part.expert_grads)
+    assert expert_grads.keys() == alone.expert_grads.keys()
+    for name, grad in alone.expert_grads.items():
+        torch.testing.assert_close(expert_grads[name], grad, **EXACT)
+    for part in parts:
+        assert torch.equal(part.load.sum(0), alone.load.sum(0))
+
+
+@st.composite
+def cases(draw, router: str) -> Case:
+    world = draw(st.integers(1, 4))
+    experts = draw(st.integers(1, 9))
+    top_k = 1 if router == "switch" else draw(st.sampled_from([k for k in (1, 2, 8) if k <= experts]))
+    owners = draw(st.lists(st.integers(0, world - 1), min_size=experts, max_size=experts))
+    sequences = draw(st.lists(st.integers(0, 3), min_size=world, max_size=world))
+    widths = draw(st.one_of(st.just([]), st.lists(st.integers(1, 6), min_size=experts, max_size=experts)))
+    return Case(tuple(owners), tuple(sequences), router, top_k, sequence=draw(st.integers(1, 7)), widths=tuple(widths),
+                activation=draw(st.sampled_from(["swiglu", "gelu"])),
+                capacity_factor=draw(st.sampled_from([None, 0.5, 1.0])), seed=draw(st.integers(0, 1000)),
+                shared=3 if router == "shared_expert" else 0, training=draw(st.booleans()))
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+def test_any_placement_equals_one_process(router):
+    @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(cases(router))
+    def check(case):
+        check_equals_one_process(case)
+
+    check()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_uneven_ranks(world, top_k):
+    """Rank 0 owns nearly all experts and the last rank none; one rank has no sequences."""
+    owners = (0,) * 6 + (1, 0, 1)[: 3] if world > 1 else (0,) * 9
+    check_equals_one_process(Case(owners, (3, 0, 2, 1)[:world], top_k=top_k, sequence=5))
+
+
+def test_experts_without_tokens_get_zero_gradients():
+    """A large bias sends every token to experts 0 and 1: the others' gradients are zero, not missing."""
+    case = Case((0, 1, 1, 0), (2, 1), top_k=2, bias=(9.0, 9.0, 0.0, 0.0))
+    check_equals_one_process(case)
+    for part in run_ranks(2, run_case, case):
+        for name, grad in part.expert_grads.items():
+            assert bool(grad.any()) == ("experts.0." in name or "experts.1." in name), name
+
+
+def test_no_tokens_anywhere():
+    for part in run_ranks(2, run_case, Case((0, 1), (0, 0))):
+        assert part.y.shape == (0, 6, 8) and part.loss == 0
+        assert all(not g.any() for g in part.expert_grads.values())

@@ -1,0 +1,98 @@
+"""One MoE layer run on any number of ranks, for comparison with the same layer in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from moedist.config import RouterConfig
+from moedist.dispatch import Dispatcher, Layout, build_transport
+from moedist.model.experts import ExpertBank
+from moedist.model.feed_forward import FeedForward
+from moedist.model.initialise import fill_normal
+from moedist.model.moe import MoELayer
+from moedist.placement import LayerPlan
+from moedist.routing import RouterInput, build_router
+from moedist.world import World
+
+AUX_WEIGHTS = {"balance_loss": 0.7, "z_loss": 0.3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, a batch and where both live. `owners[e]` is a rank; `sequences[r]` are the sequences of rank r."""
+
+    owners: tuple[int, ...]
+    sequences: tuple[int, ...]
+    router: str = "topk"
+    top_k: int = 2
+    sequence: int = 6
+    width: int = 8
+    widths: tuple[int, ...] = ()
+    activation: str = "swiglu"
+    capacity_factor: float | None = None
+    bias: tuple[float, ...] = ()
+    seed: int = 0
+    shared: int = 0
+    training: bool = True
+
+    def alone(self) -> "Case":
+        """The same case in a world of one."""
+        fields = {**self.__dict__, "owners": (0,) * len(self.owners), "sequences": (sum(self.sequences),)}
+        return Case(**fields)
+
+
+@dataclass
+class Result:
+    """What one rank saw; weights and their gradients by global name."""
+
+    y: torch.Tensor
+    grad_x: torch.Tensor
+    loss: float
+    grads: dict[str, torch.Tensor]
+    expert_grads: dict[str, torch.Tensor]
+    load: torch.Tensor
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+def run_case(world: World, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Result:
+    """Forward and backward of the layer with this rank's part of the batch."""
+    layer, bank = build_layer(world, case, device, dtype)
+    first = sum(case.sequences[:world.rank])
+    mine = slice(first, first + case.sequences[world.rank])
+    total = sum(case.sequences)
+    generator = torch.Generator().manual_seed(case.seed)
+    x = torch.randn(total, case.sequence, case.width, generator=generator, dtype=torch.float64)
+    probe = torch.randn(total, case.sequence, case.width, generator=generator, dtype=torch.float64)[mine]
+    ids = torch.randint(0, 50, (total, case.sequence), generator=generator)
+    keys = torch.arange(total * case.sequence).view(total, case.sequence)
+    x = x[mine].to(device, dtype).requires_grad_()
+    y, report = layer(RouterInput(x, ids[mine].to(device), keys[mine].to(device), case.seed, case.training))
+    loss = (y * probe.to(device, dtype)).sum() + sum(AUX_WEIGHTS[k] * v for k, v in report.aux_losses.items())
+    loss.backward()
+    expert_grads = bank.split_by_name(bank.w_in.grad, bank.w_out.grad)
+    return Result(y.detach().cpu(), x.grad.cpu(), loss.item(),
+                  {n: torch.zeros_like(p).cpu() if p.grad is None else p.grad.cpu()
+                   for n, p in layer.named_parameters()},
+                  {n: g.cpu() for n, g in expert_grads.items()}, report.load_WE,
+                  {k: float(v) for k, v in report.stats.items()})
+
+
+def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float64):
+    experts = len(case.owners)
+    layout = Layout(LayerPlan.single(case.owners), world.rank, world.size)
+    widths = case.widths or (5,) * experts
+    bank = ExpertBank(0, layout.local_experts, case.width, [widths[e] for e in layout.local_experts], case.activation,
+                      device, dtype)
+    bank.initialise(seed=1, std=0.5, out_std=0.5)
+    config = RouterConfig(name=case.router, capacity_factor=case.capacity_factor, bias_rate=0.1 if case.bias else 0.0)
+    router = build_router(case.width, experts, case.top_k, config, case.sequence)
+    shared = FeedForward(case.width, case.shared, case.activation) if case.shared else None
+    layer = MoELayer(router, bank, Dispatcher(layout, build_transport(world), torch.device(device)), shared)
+    layer.to(device=device, dtype=dtype)
+    for name, p in layer.named_parameters():
+        fill_normal(p, 0.5, 1, name)
+    if case.bias:
+        router.bias.copy_(torch.tensor(case.bias))
+    return layer, bank
