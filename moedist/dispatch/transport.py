@@ -42,9 +42,9 @@ class TorchDistTransport:
         self.world, self.rank, self.world_size = world, world.rank, world.size
 
     def all_gather_counts(self, counts: torch.Tensor) -> torch.Tensor:
-        gathered = torch.empty(self.world_size * len(counts), dtype=torch.int64)
-        dist.all_gather_into_tensor(gathered, counts.cpu(), group=self.world.control)
-        return gathered.view(self.world_size, -1)
+        gathered = torch.empty(self.world_size, len(counts), dtype=torch.int64)
+        dist.all_gather(list(gathered), counts.cpu(), group=self.world.control)
+        return gathered
 
     def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
         if buffer.device.type == "cpu":

@@ -142,6 +142,13 @@ class Transformer(nn.Module):
         """False where a router lets a token see later ones."""
         return all(layer.router.causal for _, layer in self.moe_layers())
 
+    def named_state(self) -> dict[str, torch.Tensor]:
+        """Weights and buffers by global name, this rank's experts included; detached views that can be written."""
+        found = {name: t.detach() for name, t in self.state_dict().items()}
+        for bank in self.banks.values():
+            found.update(bank.named_weights())
+        return found
+
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[int, LayerReport]]:
         """([G, S, D] normalised hidden states, report of every MoE layer)."""
         x = self.embedding(batch.ids_GS)

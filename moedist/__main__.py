@@ -1,0 +1,5 @@
+"""`python -m moedist` and `torchrun -m moedist`."""
+
+from moedist.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""The folder of a run: what is in it, and how to find one.
+
+    config.yaml     the resolved configuration       metrics.jsonl   one object per logged step or evaluation
+    tokenizer.json  the tokenizer                    checkpoints/step-00000100/...
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from moedist.config import Config, load_config
+from moedist.errors import CheckpointError
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+class RunFolder:
+    """Paths inside a run folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def config(self, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+        """The resolved configuration of the run, with overrides on top.
+
+        Raises:
+            CheckpointError: this is not a run folder.
+        """
+        if not self.config_file.is_file():
+            raise CheckpointError(f"{self.path} is not a run folder (it has no config.yaml); give a folder that "
+                                  "`moedist train` made, such as runs/quickstart-...")
+        return load_config(self.config_file, overrides)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending."""
+        if not self.checkpoints.is_dir():
+            return []
+        matches = (STEP_FOLDER.fullmatch(p.name) for p in self.checkpoints.iterdir())
+        return sorted(int(m.group(1)) for m in matches if m)
+
+    def newest(self) -> Path:
+        """The newest complete checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.path} has no checkpoint yet; it was stopped before the first one "
+                                  "(checkpoint.every): start the run again without --resume")
+        return self.checkpoint(steps[-1])
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop metric lines beyond `step`, which a resumed run writes again; a line cut short by a kill goes too."""
+        if not self.metrics_file.is_file():
+            return
+        kept = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                continue
+        part = self.metrics_file.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(self.metrics_file)
+
+
+def find_run(folder: str | Path, name: str) -> RunFolder:
+    """The newest run called `name` in `folder` that can be resumed.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    # a run folder is NAME-DATE-TIME (see moedist.trainer): longer names that start alike are other runs
+    candidates = [p for p in Path(folder).glob(f"{name}-*") if re.fullmatch(r"\d{8}-\d{6}(-\d+)?", p.name[len(name) + 1:])]
+    for path in sorted(candidates, reverse=True):
+        if RunFolder(path).steps():
+            return RunFolder(path)
+    raise CheckpointError(f"no run called {name!r} with a checkpoint in {folder}/ ({len(candidates)} without one); start it "
+                          "without --resume, or name its folder: --resume RUN_FOLDER")

@@ -1,0 +1,181 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Callable, Sequence
+
+from moedist.errors import MoedistError
+
+EXAMPLES = {
+    "train": """examples:
+  torchrun --nproc-per-node 2 -m moedist train configs/quickstart.yaml
+  moedist train configs/quickstart.yaml model.top_k=1 train.lr=3e-4
+  moedist train --resume runs/quickstart-20260101-120000     (that run)
+  moedist train configs/quickstart.yaml --resume             (the newest run of this name)
+""",
+    "evaluate": "example:\n  moedist evaluate runs/quickstart-20260101-120000 --split test\n",
+    "generate": "example:\n  moedist generate runs/quickstart-20260101-120000 --prompt 'def read(' --max-tokens 60\n",
+    "bench layer": "example:\n  moedist bench layer --shapes fine --dtypes fp32 --json layer.json\n",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="moedist", description="Train Mixture-of-Experts language models over ranks "
+                                     "that are not alike.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", "train a configuration, or go on with a run", _train, show_keys=True)
+    train.add_argument("config", nargs="?", help="YAML file")
+    train.add_argument("overrides", nargs="*", help="section.key=value")
+    train.add_argument("--resume", nargs="?", const="newest", metavar="RUN",
+                       help="go on with this run folder; without RUN, with the newest run of the configuration's name")
+    train.add_argument("--check", action="store_true", help="check the configuration for this number of ranks and stop")
+    train.add_argument("--ranks", type=int, help="with --check: number of ranks (default: as launched)")
+
+    evaluate = _command(commands, "evaluate", "perplexity of a run on a held-out split", _evaluate)
+    evaluate.add_argument("run", help="run folder")
+    evaluate.add_argument("overrides", nargs="*", help="section.key=value")
+    evaluate.add_argument("--split", default="valid", choices=["train", "valid", "test"])
+    evaluate.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
+
+    generate = _command(commands, "generate", "continue prompts with a trained run", _generate)
+    generate.add_argument("run", help="run folder")
+    generate.add_argument("overrides", nargs="*", help="section.key=value")
+    generate.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    generate.add_argument("--max-tokens", type=int, default=100)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest tokens (0: all)")
+    generate.add_argument("--seed", type=int, default=0)
+
+    bench = commands.add_parser("bench", help="measure moedist against others").add_subparsers(
+        dest="bench", required=True, metavar="BENCH")
+    layer = _command(bench, "layer", "the MoE layer against Hugging Face, DeepSpeed and a dense layer", _bench_layer,
+                     example="bench layer")
+    layer.add_argument("--shapes", nargs="+", default=["coarse", "fine"], choices=["coarse", "fine", "tiny"])
+    layer.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    layer.add_argument("--rounds", type=int, default=15, help="timed rounds, all implementations in turn")
+    layer.add_argument("--json", help="write the figures to this file")
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, text: str, run: Callable, show_keys: bool = False,
+             example: str | None = None) -> argparse.ArgumentParser:
+    epilog = EXAMPLES[example or name]
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+                                 formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 epilog=epilog if not show_keys else _LazyKeys(epilog))
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+class _LazyKeys(str):
+    """An epilog that lists the configuration keys, built only when help is printed."""
+
+    def __mod__(self, values: object) -> str:  # argparse formats the epilog with %
+        from moedist.config import describe_keys
+        return f"{self}\nconfiguration keys (section.key=default):\n{describe_keys()}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. Errors that are the user's to mend are one line and exit code 1."""
+    args = parse(argv)
+    try:
+        args.run(args)
+    except MoedistError as error:
+        if args.debug:
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted")
+    except RuntimeError as error:
+        lost = _lost_rank(error)
+        if args.debug or lost is None:
+            raise
+        _fail(lost)
+    except ImportError as error:
+        if args.debug:
+            raise
+        _fail(f"{error}; install what is missing, for example: pip install 'moedist[bench]'")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of a command; overrides may stand before, between and after options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    stray = [a for a in rest if a.startswith("-") or "=" not in a]
+    if stray or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
+    if hasattr(args, "overrides"):
+        args.overrides += rest
+        for name in ("config", "resume"):  # `train --resume RUN train.lr=1`, `train C --resume train.lr=1`
+            value = getattr(args, name, None)
+            if value and "=" in value and not os.path.exists(value):
+                args.overrides.insert(0, value)
+                setattr(args, name, "newest" if name == "resume" else None)
+    return args
+
+
+def _train(args: argparse.Namespace) -> None:
+    if args.config is None and args.resume in (None, "newest"):
+        raise MoedistError("no configuration given; try: moedist train configs/quickstart.yaml")
+    if args.check:
+        from moedist.config import check_config, load_config
+        from moedist.placement import plan_from_config
+        from moedist.world import find_launch
+        config, ranks = load_config(args.config, args.overrides), args.ranks or find_launch().size
+        check_config(config, ranks)
+        plan = plan_from_config(config, ranks)
+        print(f"{args.config} is fine for {ranks} rank(s); plan {plan.sha256[:12]}")
+        return
+    from moedist.trainer import train
+    train(args.config, args.overrides, args.resume)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from moedist.evaluate import evaluate
+    result, step = evaluate(args.run, args.split, args.overrides, args.step)
+    _say(f"{args.run} step {step}: {args.split} loss {result.loss:.4f}, perplexity {result.perplexity:.2f} per token "
+         f"({result.tokens} tokens)")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from moedist.generate import generate
+    texts = generate(args.run, args.prompt, args.max_tokens, args.temperature, args.top_k, args.seed, args.overrides)
+    _say("\n---\n".join(texts))
+
+
+def _bench_layer(args: argparse.Namespace) -> None:
+    from moedist.bench.layer import bench_layer
+    bench_layer(args.shapes, args.dtypes, args.rounds, args.json)
+
+
+def _say(text: str) -> None:
+    """Print once, whatever the number of ranks."""
+    from moedist.world import find_launch
+    if find_launch().rank == 0:
+        print(text)
+
+
+def _lost_rank(error: RuntimeError) -> str | None:
+    """One line for a collective that failed because another rank is gone; None for any other error."""
+    text = str(error)
+    if "Connection closed by peer" in text or "Connection reset by peer" in text or "Timed out waiting" in text:
+        from moedist.world import find_launch
+        launch = find_launch()
+        return (f"rank {launch.rank} of {launch.size} lost another rank ({' '.join(text.split())[:160]}); the launcher names "
+                "the one that died. Go on from the last checkpoint with --resume")
+    return None
+
+
+def _fail(text: str) -> None:
+    """Print an error once where all ranks have the same, and end with exit code 1."""
+    rank = os.environ.get("RANK", "0")
+    # every rank meets the same user error; let rank 0 speak, and the others only if it may not have met it
+    if rank == "0" or "rank" in text:
+        print(f"moedist: error: {text}", file=sys.stderr, flush=True)
+    sys.exit(1)

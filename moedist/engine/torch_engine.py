@@ -1,0 +1,153 @@
+"""The light engine: dense parameters replicated, their gradients summed over ranks; experts stay with their owners.
+
+Every loss is a sum over local tokens divided by the GLOBAL number of tokens, so gradients are summed, never averaged, and
+uneven batches are exact. One global norm over dense and expert gradients clips both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from moedist.config import TrainConfig
+from moedist.model import Transformer
+from moedist.world import World
+
+BUCKET_BYTES = 64 * 2**20  # gradients all-reduced at once
+FIRST_SCALE, GROWTH_STEPS = 2.0**15, 2000  # float16 loss scaling, as torch.amp.GradScaler
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global gradient norm before clipping, whether the step was skipped (float16 overflow), and the summed extras."""
+
+    grad_norm: float
+    skipped: bool
+    sums: torch.Tensor
+
+
+class TorchEngine:
+    """AdamW over replicated dense parameters and owned expert parameters."""
+
+    def __init__(self, model: Transformer, config: TrainConfig, world: World):
+        self.model, self.config, self.world = model, config, world
+        self.dense = dict(model.named_parameters())
+        self.experts = [p for bank in model.banks.values() for p in bank.parameters()]
+        matrices = [p for p in self.dense.values() if p.dim() > 1]
+        others = [p for p in self.dense.values() if p.dim() <= 1]
+        groups = [{"params": matrices + [p for p in self.experts if p.numel()], "weight_decay": config.weight_decay},
+                  {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, eps=config.eps,
+                                           betas=(config.beta1, config.beta2), fused=world.device.type in ("cpu", "cuda"))
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:  # made now, so that a checkpoint can be read before the first step
+                step_device = p.device if group["fused"] else "cpu"
+                self.optimizer.state[p] = {"step": torch.zeros((), device=step_device),
+                                           "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self.scale = FIRST_SCALE if config.dtype == "float16" else 1.0
+        self.good_steps = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss (already divided by the global token count)."""
+        (loss * self.scale).backward()
+
+    @torch.no_grad()
+    def step(self, lr: float, sums: torch.Tensor) -> StepResult:
+        """Sum dense gradients over ranks, clip by the global norm, update, clear gradients.
+
+        Args:
+            lr: learning rate of this step.
+            sums: float64 CPU vector to be summed over ranks in the collective that the norm needs anyway.
+        """
+        dense = [_grad_of(p) for p in self.dense.values()]
+        self._sum_over_ranks(dense)
+        # rank 0's dense norm counts for all: devices of several kinds round differently, and every rank must clip alike
+        dense_square = _square_sum(dense) if self.world.is_main else 0.0
+        packed = torch.cat([torch.tensor([dense_square, _square_sum([_grad_of(p) for p in self.experts])],
+                                         dtype=torch.float64), sums])
+        self.world.all_reduce_(packed)
+        norm = math.sqrt(packed[0].item() + packed[1].item()) / self.scale if math.isfinite(packed[:2].sum()) \
+            else math.inf
+        skipped = self._adjust_scale_before(norm)
+        if not skipped:
+            self._update(lr, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, skipped, packed[2:])
+
+    def _update(self, lr: float, norm: float) -> None:
+        factor = 1 / self._used_scale
+        if self.config.clip and norm > self.config.clip:
+            factor *= self.config.clip / norm
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        if factor != 1:
+            torch._foreach_mul_(grads, factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    def _adjust_scale_before(self, norm: float) -> bool:
+        """Dynamic loss scaling (Micikevicius et al. 2017, arXiv 1710.03740): True where the step must be skipped."""
+        self._used_scale = self.scale
+        if self.config.dtype != "float16":
+            return False
+        if not math.isfinite(norm):
+            self.scale, self.good_steps = self.scale / 2, 0
+            return True
+        self.good_steps += 1
+        if self.good_steps % GROWTH_STEPS == 0:
+            self.scale *= 2
+        return False
+
+    def _sum_over_ranks(self, grads: list[torch.Tensor]) -> None:
+        if self.world.size == 1:
+            return
+        bucket: list[torch.Tensor] = []
+        for i, grad in enumerate(grads):
+            bucket.append(grad)
+            if i + 1 == len(grads) or sum(g.numel() * g.element_size() for g in bucket) >= BUCKET_BYTES:
+                flat = self.world.all_reduce_(torch.cat([g.reshape(-1) for g in bucket]))
+                torch._foreach_copy_(bucket, [part.view_as(g) for part, g in
+                                              zip(flat.split([g.numel() for g in bucket]), bucket)])
+                bucket = []
+
+    def named_tensors(self, optimizer: bool = True) -> dict[str, torch.Tensor]:
+        """Weights, buffers and optimizer moments by global name, detached; writing to them writes the training state.
+
+        Dense names are equal on every rank; an expert's names exist on its owner alone.
+        """
+        found = dict(self.model.named_state())
+        if optimizer:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                for name, p in self.dense.items():
+                    found[f"optimizer.{moment}.{name}"] = self.optimizer.state[p][moment]
+                for bank in self.model.banks.values():
+                    if bank.w_in.numel():
+                        moments = [self.optimizer.state[p][moment] for p in (bank.w_in, bank.w_out)]
+                        found.update({f"optimizer.{moment}.{n}": t for n, t in bank.split_by_name(*moments).items()})
+        return found
+
+    def counters(self) -> dict[str, float]:
+        """Scalars that `load_counters` needs to go on: updates done, loss scale."""
+        steps = [float(s["step"]) for s in self.optimizer.state.values()]
+        return {"updates": steps[0], "scale": self.scale, "good_steps": self.good_steps}
+
+    def load_counters(self, counters: dict[str, float]) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(counters["updates"])
+        self.scale, self.good_steps = counters["scale"], int(counters["good_steps"])
+
+
+def _grad_of(p: torch.Tensor) -> torch.Tensor:
+    if p.grad is None:  # unused on this rank, perhaps not on another
+        p.grad = torch.zeros_like(p)
+    return p.grad
+
+
+def _square_sum(tensors: list[torch.Tensor]) -> float:
+    tensors = [t for t in tensors if t.numel()]
+    if not tensors:
+        return 0.0
+    norms = torch._foreach_norm(tensors)
+    return torch.stack([n.double() if n.device.type != "mps" else n for n in norms]).square().sum().item()

@@ -1,0 +1,35 @@
+"""`moedist evaluate`: perplexity of a run on a held-out split, on any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from moedist.checkpoint import RunFolder
+from moedist.config import check_config
+from moedist.data import EvalStream, prepare_corpus
+from moedist.errors import DataError
+from moedist.phases.evaluation import HeldOut, held_out_loss
+from moedist.phases.restore import open_run
+from moedist.phases.run import DTYPES
+from moedist.world import World, find_launch
+
+
+def evaluate(run_folder: str, split: str = "valid", overrides: Sequence[str] = (),
+             step: int | None = None) -> tuple[HeldOut, int]:
+    """(loss on a split, step of the checkpoint).
+
+    Raises:
+        CheckpointError: no run or checkpoint there. DataError: the text has no such split.
+    """
+    folder = RunFolder(run_folder)
+    config = folder.config(list(overrides))
+    check_config(config, find_launch().size)
+    with World.start(config.world) as world:
+        opened = open_run(folder, config, world, step)
+        corpus = prepare_corpus(config.data)
+        tokens = getattr(corpus, split)
+        if tokens is None:
+            raise DataError(f"the text of {folder} has no {split} split; use --split valid or train")
+        stream = EvalStream(tokens, config.data.sequence_length)
+        sequences = max(config.train.batch, world.size)
+        return held_out_loss(opened.model, stream, world, DTYPES[config.train.dtype], sequences), opened.step

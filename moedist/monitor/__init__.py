@@ -1,0 +1,6 @@
+"""What a run says while it goes on: metrics, JSONL, Weights & Biases, a progress line."""
+
+from moedist.monitor.metrics import METRICS, load_metrics
+from moedist.monitor.recorder import Recorder
+
+__all__ = ["METRICS", "Recorder", "load_metrics"]

@@ -1,0 +1,49 @@
+"""Every metric a run records, with its unit and how it is reduced over ranks, and those computed from the load matrix."""
+
+from __future__ import annotations
+
+from typing import Iterable, NamedTuple
+
+import torch
+
+
+class Metric(NamedTuple):
+    """Unit and reduction over ranks (same: every rank has the whole value already)."""
+
+    unit: str
+    reduction: str
+
+
+METRICS: dict[str, Metric] = {
+    "train/loss": Metric("nats per token", "mean over tokens"),
+    "train/balance_loss": Metric("1 at perfect balance, mean over layers", "mean over tokens"),
+    "train/z_loss": Metric("mean over layers", "mean over tokens"),
+    "train/grad_norm": Metric("", "same"),
+    "train/lr": Metric("", "same"),
+    "train/tokens": Metric("tokens since the start", "sum"),
+    "perf/tokens_per_s": Metric("tokens/s over all ranks", "sum"),
+    "perf/step_ms": Metric("ms", "same"),
+    "moe/load_imbalance": Metric("largest over mean rows of an expert, mean over layers", "same"),
+    "moe/rank_imbalance": Metric("largest over mean rows of a rank, mean over layers", "same"),
+    "moe/unused_experts": Metric("experts without a row, sum over layers", "same"),
+    "moe/dropped_fraction": Metric("rows dropped by capacity over rows wanted", "sum over sum"),
+    "moe/router_entropy": Metric("nats, mean over layers", "mean over tokens"),
+    "valid/loss": Metric("nats per token", "mean over tokens"),
+    "valid/perplexity": Metric("", "mean over tokens"),
+}
+
+
+def load_metrics(loads_WE: Iterable[torch.Tensor], owners: Iterable[list[int]]) -> dict[str, float]:
+    """Imbalance metrics from each layer's load matrix, rows every rank sent to every expert, and its experts' owners."""
+    expert, rank, unused = [], [], 0
+    for load_WE, owner_E in zip(loads_WE, owners):
+        load_E = load_WE.sum(0).double()
+        per_rank = torch.zeros(len(load_WE), dtype=torch.float64).index_add_(0, torch.tensor(owner_E), load_E)
+        unused += int((load_E == 0).sum())
+        if load_E.sum() > 0:
+            expert.append((load_E.max() / load_E.mean()).item())
+            rank.append((per_rank.max() / per_rank.mean()).item())
+    if not expert:
+        return {}
+    return {"moe/load_imbalance": sum(expert) / len(expert), "moe/rank_imbalance": sum(rank) / len(rank),
+            "moe/unused_experts": unused}

@@ -1,0 +1,59 @@
+"""Perplexity of held-out tokens, over any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from moedist.data import EvalStream
+from moedist.model import Batch, Transformer, next_token_loss_sum
+from moedist.model.loss import IGNORE
+from moedist.placement import equal_counts
+from moedist.world import World
+
+EVAL_SEED = 0  # routers that draw experts at random draw the same in every evaluation
+
+
+class HeldOut(NamedTuple):
+    """Mean loss in nats per token, and the number of tokens it is a mean of."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def held_out_loss(model: Transformer, stream: EvalStream, world: World, dtype: torch.dtype,
+                  sequences: int = 16) -> HeldOut:
+    """Loss on every token of `stream`, `sequences` at a time over all ranks.
+
+    Every rank makes the same number of forward passes; sums are divided once, so uneven ranks do not bias the mean.
+    """
+    was_training = model.training
+    model.eval()
+    counts = equal_counts(sequences, world.size)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for first in range(0, stream.sequences, sequences):
+        offset = first + sum(counts[:world.rank])
+        inputs, targets = stream.batch(offset, counts[world.rank])
+        keys = (offset + torch.arange(len(inputs))).unsqueeze(1) * inputs.shape[1] + torch.arange(inputs.shape[1])
+        sums[0] += forward_loss(model, Batch(inputs, keys, EVAL_SEED), targets, world.device, dtype)[0].item()
+        sums[1] += (targets != IGNORE).sum()
+    world.all_reduce_(sums)
+    model.train(was_training)
+    return HeldOut(sums[0].item() / max(sums[1].item(), 1), int(sums[1]))
+
+
+def forward_loss(model: Transformer, batch: Batch, targets_GS: torch.Tensor, device: torch.device, dtype: torch.dtype):
+    """(sum of next-token losses, layer reports) of a batch of CPU tensors, computed in `dtype` on `device`."""
+    batch = Batch(batch.ids_GS.to(device), batch.keys_GS.to(device), batch.seed)
+    low = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(device.type, dtype=dtype, enabled=low):
+        hidden, reports = model(batch)
+    loss = next_token_loss_sum(hidden.flatten(0, 1).to(dtype), model.head_weight, targets_GS.flatten().to(device))
+    return loss, reports

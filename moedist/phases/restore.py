@@ -1,0 +1,43 @@
+"""Open a finished or running run for evaluation and generation, on any number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from moedist.checkpoint import RunFolder, load_checkpoint, read_meta
+from moedist.config import Config, PlacementConfig
+from moedist.data import Tokenizer
+from moedist.dispatch import build_transport
+from moedist.errors import CheckpointError
+from moedist.model import Transformer
+from moedist.phases.run import weight_dtype
+from moedist.placement import plan_from_config
+from moedist.world import World
+
+
+class OpenedRun(NamedTuple):
+    """A model with the weights of a checkpoint."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: Transformer
+    step: int
+
+
+def open_run(folder: RunFolder, config: Config, world: World, step: int | None = None) -> OpenedRun:
+    """Load a checkpoint (the newest, or that of `step`) with experts spread equally over this world.
+
+    Raises:
+        CheckpointError: no run folder, no checkpoint, or no checkpoint of that step.
+    """
+    if step is not None and step not in folder.steps():
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {folder.steps()}")
+    checkpoint = folder.newest() if step is None else folder.checkpoint(step)
+    meta = read_meta(checkpoint)
+    tokenizer = Tokenizer.load(folder.path)
+    equal = dataclasses.replace(config, placement=PlacementConfig())
+    model = Transformer(config, tokenizer.vocab_size, plan_from_config(equal, world.size), build_transport(world),
+                        world.device, weight_dtype(config))
+    load_checkpoint(checkpoint, model.named_state(), world)
+    return OpenedRun(config, tokenizer, model.eval(), meta["progress"]["step"])

@@ -1,0 +1,102 @@
+"""Everything a phase works on: the parts of a run and where it stands."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moedist.checkpoint import RunFolder, save_checkpoint
+from moedist.config import Config
+from moedist.data import EvalStream, TrainStream
+from moedist.engine import TorchEngine
+from moedist.model import Transformer
+from moedist.monitor import Recorder
+from moedist.placement import Plan
+from moedist.world import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def weight_dtype(config: Config) -> torch.dtype:
+    """Weights are float32, or float64 where the run is; lower precisions are for activations."""
+    return torch.float64 if config.train.dtype == "float64" else torch.float32
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved in every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        sequences: training sequences read, over all ranks: the exact position in the data.
+        phase, phase_step: entry of the schedule and steps done in it.
+    """
+
+    step: int = 0
+    sequences: int = 0
+    phase: int = 0
+    phase_step: int = 0
+
+
+@dataclass
+class Run:
+    """The parts of a run. Made by `moedist.trainer`, handed to every phase."""
+
+    config: Config
+    world: World
+    folder: RunFolder
+    plan: Plan
+    model: Transformer
+    engine: TorchEngine
+    train_stream: TrainStream
+    valid_stream: EvalStream
+    recorder: Recorder
+    corpus_digest: str
+    progress: Progress = field(default_factory=Progress)
+    signals: "Signals" = field(default_factory=lambda: Signals())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return DTYPES[self.config.train.dtype]
+
+    def save(self) -> None:
+        """Write a checkpoint of where the run stands, unless there is one."""
+        step = self.progress.step
+        if step in self.folder.steps():
+            return
+        meta: dict[str, Any] = {
+            "progress": vars(self.progress), "counters": self.engine.counters(), "plan": self.plan.to_json(),
+            "corpus": self.corpus_digest, "world_size": self.world.size,
+        }
+        path = save_checkpoint(self.folder, step, self.engine.named_tensors(), meta, self.world,
+                               self.config.checkpoint.keep)
+        self.recorder.say(f"checkpoint {path}")
+
+
+class Signals:
+    """Remembers signals until the end of the step: SIGTERM and SIGINT stop the run, SIGUSR1 saves a checkpoint."""
+
+    STOP = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        self.save = False
+
+    def listen(self) -> None:
+        """Install the handlers (main thread only). A second SIGINT kills at once."""
+        for number in self.STOP:
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGUSR1, self._on_save)
+
+    def _on_stop(self, number: int, _: Any) -> None:
+        if self.stop and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        self.stop = signal.Signals(number).name
+
+    def _on_save(self, *_: Any) -> None:
+        self.save = True

@@ -1,0 +1,161 @@
+"""The train phase: n optimizer steps, with evaluation, checkpoints and a clean end on signals."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from moedist.engine import learning_rate
+from moedist.errors import MoedistError
+from moedist.model import Batch, LayerReport
+from moedist.monitor import load_metrics
+from moedist.phases.evaluation import forward_loss, held_out_loss
+from moedist.phases.run import Run
+from moedist.placement import split_batch
+from moedist.routing import mix_seeds
+
+# summed over ranks once a step, in the collective of the gradient norm
+SUMS = ("loss", "balance_loss", "z_loss", "entropy", "dropped_rows", "stop", "save")
+
+
+class Stopped(Exception):
+    """A signal asked for an end; the checkpoint is written."""
+
+
+def train_phase(run: Run, steps: int) -> None:
+    """Train until `steps` steps of this phase are done.
+
+    Raises:
+        Stopped: after SIGTERM or SIGINT on any rank, with a checkpoint written.
+        MoedistError: the loss is not finite; the last good checkpoint stays.
+    """
+    config, progress = run.config, run.progress
+    run.model.train()
+    clock = _Clock()
+    while progress.phase_step < steps:
+        sums, norm, loads = train_step(run)
+        clock.steps += 1
+        _refuse_non_finite(run, sums["loss"], norm)
+        run.recorder.tick(progress.step)
+        last = progress.phase_step == steps
+        if progress.step % config.monitor.log_every == 0 or last or sums["stop"]:
+            _log(run, sums, norm, loads, clock)
+        if config.train.eval_every and progress.step % config.train.eval_every == 0 or last:
+            evaluate(run)
+            clock = _Clock()
+        if sums["stop"]:
+            run.save()
+            raise Stopped
+        if config.checkpoint.every and progress.step % config.checkpoint.every == 0 or last or sums["save"]:
+            run.signals.save = False
+            run.save()
+            clock = _Clock()
+
+
+def train_step(run: Run) -> tuple[dict[str, float], float, dict[int, torch.Tensor]]:
+    """One optimizer step. Returns (sums over ranks by name, gradient norm, load matrix of every MoE layer).
+
+    The global batch is cut into `accumulate` parts and each part over the ranks, so that neither the number of ranks nor
+    their shares change what a part holds. All ranks make the same collective calls, zero sequences included.
+    """
+    config, progress, t = run.config, run.progress, run.config.train
+    sequence, part = config.data.sequence_length, t.batch // t.accumulate
+    counts = split_batch(part, run.plan.batch_shares)
+    offset, mine = sum(counts[:run.world.rank]), counts[run.world.rank]
+    tokens = t.batch * sequence
+    torch.manual_seed(mix_seeds(config.seed, progress.step, run.world.rank))  # dropout: a resumed run draws the same
+    sums: dict[str, float | torch.Tensor] = dict.fromkeys(SUMS, 0.0)  # tensors until the end: one sync, not one a layer
+    loads: dict[int, torch.Tensor] = {}
+    demands: dict[int, torch.Tensor] = {}
+    for i in range(t.accumulate):
+        inputs, targets = run.train_stream.batch(progress.sequences + i * part + offset, mine)
+        keys = torch.arange(i * part + offset, i * part + offset + mine).unsqueeze(1) * sequence + torch.arange(sequence)
+        loss, reports = forward_loss(run.model, Batch(inputs, keys, mix_seeds(config.seed, progress.step)), targets,
+                                     run.world.device, run.dtype)
+        sums["loss"] = sums["loss"] + loss.detach()
+        run.engine.backward((loss + _weighted_aux(run, reports, sums)) / tokens)
+        for layer, report in reports.items():
+            loads[layer] = loads.get(layer, 0) + report.load_WE
+            demands[layer] = demands.get(layer, 0) + report.demand_E
+    sums["stop"], sums["save"] = float(bool(run.signals.stop)), float(run.signals.save)
+    lr = learning_rate(t, progress.step, config.train_steps)
+    result = run.engine.step(lr, torch.tensor([float(sums[k]) for k in SUMS], dtype=torch.float64))
+    for layer, moe in run.model.moe_layers():
+        if config.router.bias_rate:
+            moe.router.update_bias(demands[layer])
+    progress.step += 1
+    progress.phase_step += 1
+    progress.sequences += t.batch
+    return dict(zip(SUMS, result.sums.tolist())), result.grad_norm, loads
+
+
+def _weighted_aux(run: Run, reports: dict[int, LayerReport],
+                  sums: dict[str, float | torch.Tensor]) -> torch.Tensor | float:
+    """Weighted router losses of all layers, summed over local tokens; adds their values and statistics to `sums`."""
+    weights = {"balance_loss": run.config.router.balance_loss, "z_loss": run.config.router.z_loss}
+    total: torch.Tensor | float = 0.0
+    for report in reports.values():
+        for name, value in report.aux_losses.items():
+            sums[name] = sums[name] + value.detach()
+            total = total + weights[name] * value
+        for name, value in report.stats.items():
+            sums[name] = sums[name] + value
+    return total
+
+
+def evaluate(run: Run) -> None:
+    """Record loss and perplexity of the validation split."""
+    start = time.perf_counter()
+    result = held_out_loss(run.model, run.valid_stream, run.world, run.dtype, max(run.config.train.batch, run.world.size))
+    run.recorder.record(run.progress.step, {"valid/loss": result.loss, "valid/perplexity": result.perplexity},
+                        f"step {run.progress.step:>6}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
+                        f"({result.tokens} tokens, {time.perf_counter() - start:.1f} s)")
+
+
+def _log(run: Run, sums: dict[str, float], norm: float, loads: dict[int, torch.Tensor], clock: "_Clock") -> None:
+    config, step = run.config, run.progress.step
+    tokens, layers = config.train.batch * config.data.sequence_length, max(len(loads), 1)
+    values = {
+        "train/loss": sums["loss"] / tokens,
+        "train/grad_norm": norm,
+        "train/lr": learning_rate(config.train, step - 1, config.train_steps),
+        "train/tokens": run.progress.sequences * config.data.sequence_length,
+        "perf/step_ms": 1e3 * clock.seconds_per_step(),
+        "perf/tokens_per_s": tokens / clock.seconds_per_step(),
+    }
+    if loads:
+        rows = sum(int(load.sum()) for load in loads.values())
+        values |= {
+            "train/balance_loss": sums["balance_loss"] / tokens / layers, "train/z_loss": sums["z_loss"] / tokens / layers,
+            "moe/router_entropy": sums["entropy"] / tokens / layers,
+            "moe/dropped_fraction": sums["dropped_rows"] / max(rows + sums["dropped_rows"], 1),
+            **load_metrics(loads.values(), [run.plan.layer(i).owner_of_expert() for i in loads]),
+        }
+    line = (f"step {step:>6}/{config.train_steps}  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
+            f"grad {norm:.2f}  {values['perf/tokens_per_s']:,.0f} tokens/s  ETA {run.recorder.eta(step)}")
+    run.recorder.record(step, values, line)
+    clock.restart()
+
+
+def _refuse_non_finite(run: Run, loss: float, norm: float) -> None:
+    if math.isfinite(loss) and (math.isfinite(norm) or run.config.train.dtype == "float16"):
+        return
+    steps = run.folder.steps()
+    last = f"; the last checkpoint is of step {steps[-1]}" if steps else ""
+    raise MoedistError(f"step {run.progress.step}: loss {loss}, gradient norm {norm}: training has diverged{last}; lower "
+                       f"train.lr (now {run.config.train.lr:g}) or raise train.warmup_steps")
+
+
+class _Clock:
+    """Mean time of the steps since the last line."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.steps = time.perf_counter(), 0
+
+    def seconds_per_step(self) -> float:
+        return (time.perf_counter() - self.start) / max(self.steps, 1)

@@ -1,0 +1,185 @@
+"""`moedist train`: put the parts of a run together and go through its phases."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Sequence
+
+from moedist.checkpoint import RunFolder, find_run, load_checkpoint, read_meta
+from moedist.config import Config, check_config, load_config, to_yaml
+from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
+from moedist.dispatch import build_transport
+from moedist.engine import TorchEngine
+from moedist.errors import CheckpointError, PlacementError, WorldError
+from moedist.model import Transformer
+from moedist.monitor import Recorder
+from moedist.phases import PHASES, Run
+from moedist.phases.evaluation import held_out_loss
+from moedist.phases.run import Progress, weight_dtype
+from moedist.phases.train import Stopped
+from moedist.placement import Plan, plan_from_config
+from moedist.world import World, find_launch
+
+# what a checkpoint must share with the run that resumes from it: with another value the weights mean something else
+FIXED_ON_RESUME = ("model", "router.name", "data.sequence_length", "data.tokenizer", "train.batch", "seed")
+
+
+def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | None = None) -> RunFolder:
+    """Train a configuration, or go on with a run.
+
+    Args:
+        config_path: YAML file; may be None when a run folder is resumed.
+        overrides: dotted overrides.
+        resume: a run folder, "newest" for the newest run of this configuration's name, or None to start afresh.
+
+    Returns:
+        The run folder.
+    """
+    config, folder = _find_config(config_path, list(overrides), resume)
+    size = find_launch().size
+    check_config(config, size)
+    checkpoint = folder.newest() if folder else None
+    meta = read_meta(checkpoint) if checkpoint else None
+    plan, notice = choose_plan(config, size, meta)
+    with World.start(config.world) as world:
+        run = _build(config, world, folder, plan, checkpoint, meta)
+        run.signals.listen()
+        run.recorder.say(_describe(run))
+        if notice:
+            run.recorder.say(notice)
+        try:
+            for i in range(run.progress.phase, len(config.phases)):
+                (name, value), = config.phases[i].items()
+                PHASES[name](run, value)
+                run.progress.phase, run.progress.phase_step = i + 1, 0
+            _finish(run)
+        except Stopped:
+            run.recorder.say(f"stopped by a signal after step {run.progress.step}; go on with: "
+                             f"moedist train --resume {run.folder}")
+        finally:
+            run.recorder.close()
+        return run.folder
+
+
+def _find_config(path: str | None, overrides: list[str], resume: str | None) -> tuple[Config, RunFolder | None]:
+    if resume is None:
+        return load_config(path or "", overrides), None
+    if resume == "newest":
+        config = load_config(path or "", overrides)
+        folder = find_run(config.folder, config.name)
+    else:
+        folder = RunFolder(resume)
+    config = load_config(path, overrides) if path else folder.config(overrides)
+    refuse_other_model(folder.config(), config, folder)
+    return config, folder
+
+
+def refuse_other_model(saved: Config, config: Config, folder: RunFolder) -> None:
+    """Raise `CheckpointError` where `config` differs from the saved one in what a checkpoint depends on."""
+    for name in FIXED_ON_RESUME:
+        old, new = saved, config
+        for part in name.split("."):
+            old, new = getattr(old, part), getattr(new, part)
+        if old != new:
+            if dataclasses.is_dataclass(old):
+                part = next(f.name for f in dataclasses.fields(old) if getattr(old, f.name) != getattr(new, f.name))
+                name, old, new = f"{name}.{part}", getattr(old, part), getattr(new, part)
+            raise CheckpointError(f"{folder} was trained with {name}={old}, now it is {new}: its checkpoint does not fit; "
+                                  f"set {name}={old}, or start without --resume")
+
+
+def choose_plan(config: Config, world_size: int, meta: dict[str, Any] | None) -> tuple[Plan, str | None]:
+    """The plan of a run, and a notice where it is not the one written down.
+
+    A resumed run may come back on another number of ranks, for which the placement in the config makes no sense: the
+    experts are then placed equally.
+    """
+    try:
+        return plan_from_config(config, world_size), None
+    except PlacementError as error:
+        if meta is None or meta["world_size"] == world_size:
+            raise
+        equal = dataclasses.replace(config, placement=type(config.placement)())
+        return plan_from_config(equal, world_size), (f"resuming a run of {meta['world_size']} ranks on {world_size}: "
+                                                     f"experts and batch are placed equally, because {error}")
+
+
+def _build(config: Config, world: World, folder: RunFolder | None, plan: Plan, checkpoint: Path | None,
+           meta: dict[str, Any] | None) -> Run:
+    corpus = prepare_corpus(config.data)
+    refuse_unequal(world, "training text", corpus.digest, "check that data.path holds the same files everywhere")
+    refuse_unequal(world, "plan", plan.sha256, "check that all ranks run the same moedist and configuration")
+    if meta and meta["corpus"] != corpus.digest:
+        raise CheckpointError(f"{folder} was trained on other text (digest {meta['corpus'][:12]}, now "
+                              f"{corpus.digest[:12]}); bring the old text back, or start without --resume")
+    train_stream = TrainStream(corpus.train, config.data.sequence_length, config.seed)
+    valid_stream = EvalStream(corpus.valid, config.data.sequence_length, config.train.eval_tokens)
+    model = Transformer(config, corpus.tokenizer.vocab_size, plan, build_transport(world), world.device,
+                        weight_dtype(config))
+    engine = TorchEngine(model, config.train, world)
+    progress = Progress()
+    if checkpoint and meta:
+        load_checkpoint(checkpoint, engine.named_tensors(), world)
+        engine.load_counters(meta["counters"])
+        progress = Progress(**meta["progress"])
+    folder = _open_folder(config, world, folder, corpus, progress.step)
+    recorder = Recorder(config, folder, world.is_main, config.train_steps, progress.step)
+    return Run(config, world, folder, plan, model, engine, train_stream, valid_stream, recorder, corpus.digest, progress)
+
+
+def refuse_unequal(world: World, what: str, digest: str, way_out: str) -> None:
+    """Raise `WorldError` on every rank where the ranks hold different things."""
+    digests = world.gather_objects(digest)
+    other = [r for r, d in enumerate(digests) if d != digests[0]]
+    if other:
+        raise WorldError(f"ranks {other} have another {what} than rank 0 ({digests[other[0]][:12]} and {digests[0][:12]}); "
+                         f"{way_out}")
+
+
+def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus: Corpus, step: int) -> RunFolder:
+    """Rank 0 makes the run folder, or takes an old one back to `step`; the path is the same on every rank."""
+    if world.is_main:
+        if folder is None:
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            path = Path(config.folder) / f"{config.name}-{stamp}"
+            tries = 0
+            while path.exists():
+                tries += 1
+                path = Path(config.folder) / f"{config.name}-{stamp}-{tries}"
+            path.mkdir(parents=True)
+            folder = RunFolder(path)
+            corpus.tokenizer.save(path)
+        else:
+            folder.forget_metrics_after(step)
+        folder.config_file.write_text(to_yaml(config), encoding="utf-8")
+    return RunFolder(world.broadcast_object(str(folder)))
+
+
+def _describe(run: Run) -> str:
+    world, model, config = run.world, run.model, run.config
+    dense = sum(p.numel() for p in model.parameters())
+    mine = [sum(p.numel() for bank in model.banks.values() for p in bank.parameters()),
+            len(next(iter(model.banks.values())).expert_ids) if model.banks else 0, str(world.device), world.vendor]
+    ranks = world.gather_objects(mine)
+    active = dense + sum(r[0] for r in ranks) * config.model.top_k // max(config.model.experts, 1)
+    lines = [f"run {run.folder}",
+             f"{dense + sum(r[0] for r in ranks):,} parameters, about {active:,} active per token; "
+             f"{run.train_stream.sequences:,} training sequences of {config.data.sequence_length} tokens",
+             f"{world.size} rank(s) by {world.launcher}; batch {config.train.batch}, shares {list(run.plan.batch_shares)}"]
+    lines += [f"  rank {i}: {device} ({vendor}), {experts} of {config.model.experts} experts of each MoE layer"
+              for i, (_, experts, device, vendor) in enumerate(ranks)]
+    if not model.causal:
+        lines.append(f"router {config.router.name} looks at later tokens of a sequence: its perplexity is optimistic")
+    if run.progress.step:
+        lines.append(f"resuming after step {run.progress.step}")
+    return "\n".join(lines)
+
+
+def _finish(run: Run) -> None:
+    run.save()
+    result = held_out_loss(run.model, run.valid_stream, run.world, run.dtype)
+    run.recorder.say(f"done: {run.progress.step} steps, validation loss {result.loss:.4f}, perplexity "
+                     f"{result.perplexity:.2f} per token\nrun folder {run.folder}\nnext: moedist generate {run.folder} "
+                     f"--prompt \"def \"   or   moedist evaluate {run.folder}")
