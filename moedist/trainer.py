@@ -16,9 +16,8 @@ from moedist.errors import CheckpointError, PlacementError, WorldError
 from moedist.model import Transformer
 from moedist.monitor import Recorder
 from moedist.phases import PHASES, Run
-from moedist.phases.evaluation import held_out_loss
 from moedist.phases.run import Progress, weight_dtype
-from moedist.phases.train import Stopped
+from moedist.phases.train import Stopped, evaluate
 from moedist.placement import Plan, plan_from_config
 from moedist.world import World, find_launch
 
@@ -178,8 +177,9 @@ def _describe(run: Run) -> str:
 
 
 def _finish(run: Run) -> None:
-    run.save()
-    result = held_out_loss(run.model, run.valid_stream, run.world, run.dtype)
+    if run.held_out is None:  # resumed when all was done
+        evaluate(run)
+    result = run.held_out
     run.recorder.say(f"done: {run.progress.step} steps, validation loss {result.loss:.4f}, perplexity "
                      f"{result.perplexity:.2f} per token\nrun folder {run.folder}\nnext: moedist generate {run.folder} "
                      f"--prompt \"def \"   or   moedist evaluate {run.folder}")

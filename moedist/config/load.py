@@ -30,7 +30,7 @@ def load_config(path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Conf
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"{path} holds no keys; start from configs/quickstart.yaml")
     return config_from_dict(tree, overrides, origin=str(path))
 
@@ -98,5 +98,8 @@ def _yaml_lines(section: Any, depth: int) -> Iterable[str]:
             yield f"{pad}{f.name}:\n"
             yield from _yaml_lines(value, depth + 1)
         else:
-            text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
-            yield f"{pad}{f.name}: {text.splitlines()[0]}\n"
+            if isinstance(value, str):  # quoted, or a name like 1e5 would read back as a number
+                text = json.dumps(value, ensure_ascii=False)
+            else:
+                text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False).splitlines()[0]
+            yield f"{pad}{f.name}: {text}\n"

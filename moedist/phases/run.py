@@ -14,6 +14,7 @@ from moedist.data import EvalStream, TrainStream
 from moedist.engine import TorchEngine
 from moedist.model import Transformer
 from moedist.monitor import Recorder
+from moedist.phases.evaluation import HeldOut
 from moedist.placement import Plan
 from moedist.world import World
 
@@ -56,6 +57,7 @@ class Run:
     recorder: Recorder
     corpus_digest: str
     progress: Progress = field(default_factory=Progress)
+    held_out: HeldOut | None = None  # the newest evaluation
     signals: "Signals" = field(default_factory=lambda: Signals())
 
     @property

@@ -1,0 +1,78 @@
+"""Dispatch by hand: ten rows, two ranks; and the number of collectives."""
+
+import torch
+
+from moedist.dispatch import Dispatcher, Layout, build_transport
+from moedist.placement import LayerPlan
+from tests.moe_cases import Case, build_layer
+from tests.ranks import run_ranks
+
+# rank 0 owns experts 0 and 3, rank 1 owns 1, rank 2 nothing, rank 1 also 2
+OWNERS = [0, 1, 1, 0]
+# rows of each rank: (token, expert)
+ROWS = {0: [(0, 3), (0, 1), (1, 0), (2, 1)], 1: [(0, 0), (0, 2), (1, 0), (1, 3)], 2: [(0, 1), (0, 3)]}
+TOKENS = {0: 3, 1: 2, 2: 1}
+
+
+def values(rank: int) -> torch.Tensor:
+    """Token t of rank r is the number 100 r + t, in both columns."""
+    return (100.0 * rank + torch.arange(TOKENS[rank], dtype=torch.float64)).unsqueeze(1).repeat(1, 2)
+
+
+def dispatch_by_hand(world):
+    layout = Layout(LayerPlan.single(OWNERS), world.rank, world.size)
+    d = Dispatcher(layout, build_transport(world))
+    tokens, experts = (torch.tensor(v) for v in zip(*ROWS[world.rank]))
+    rows, meta = d.dispatch(values(world.rank), tokens, experts, extra=torch.tensor([world.rank]))
+    scale = torch.cat([torch.full((n, 1), 10.0 ** e) for e, n in zip(layout.local_experts, meta.expert_counts_L)] or
+                      [torch.zeros(0, 1)])
+    y = d.combine(rows * scale, torch.arange(1, len(tokens) + 1, dtype=torch.float64), meta)
+    return rows[:, 0].tolist(), meta.expert_counts_L, meta.load_WE.tolist(), meta.extra_W.tolist(), y[:, 0].tolist()
+
+
+def test_ten_rows_by_hand():
+    r0, r1, r2 = run_ranks(3, dispatch_by_hand)
+    # own rows first, then by rank; sorted by expert
+    assert r0[0] == [1, 100, 101, 0, 101, 200] and r0[1] == [3, 3]
+    assert r1[0] == [0, 2, 200, 100] and r1[1] == [3, 1]
+    assert r2[0] == [] and r2[1] == []
+    assert r0[2] == r1[2] == r2[2] == [[1, 2, 0, 1], [2, 0, 1, 1], [0, 1, 0, 1]]
+    assert r0[3] == [[0], [1], [2]]
+    # expert e multiplies by 10^e, row i of a rank's list has weight i + 1
+    assert r0[4] == [0, 3 * 1, 4 * 2 * 10]
+    assert r1[4] == [1 * 100 + 2 * 100 * 100, 3 * 101 + 4 * 101 * 1000]
+    assert r2[4] == [1 * 200 * 10 + 2 * 200 * 1000]
+
+
+class Counting:
+    """A transport that counts its calls."""
+
+    def __init__(self, inner):
+        self.inner, self.rank, self.world_size, self.calls = inner, inner.rank, inner.world_size, []
+
+    def all_gather_counts(self, counts):
+        self.calls.append("counts")
+        return self.inner.all_gather_counts(counts)
+
+    def exchange(self, buffer, send, receive, out):
+        self.calls.append("rows")
+        assert send[self.rank] == receive[self.rank] == 0, "own rows stay out of the collective"
+        self.inner.exchange(buffer, send, receive, out)
+
+
+def count_collectives(world, sequences):
+    layer, _ = build_layer(world, Case((0, 0, 0, 0), sequences))
+    counting = layer.dispatcher.transport = Counting(layer.dispatcher.transport)
+    x = torch.randn(sequences[world.rank], 6, 8, dtype=torch.float64, requires_grad=True)
+    ids = torch.zeros(x.shape[:2], dtype=torch.int64)
+    from moedist.routing import RouterInput
+    y, _ = layer(RouterInput(x, ids, ids, 0, True))
+    forward = list(counting.calls)
+    y.sum().backward()
+    return forward, counting.calls[len(forward):]
+
+
+def test_one_count_exchange_and_two_row_exchanges_each_way():
+    for sequences in ((2, 1), (0, 3), (0, 0)):
+        for forward, backward in run_ranks(2, count_collectives, sequences):
+            assert forward == ["counts", "rows", "rows"] and backward == ["rows", "rows"]
