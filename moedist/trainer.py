@@ -12,7 +12,7 @@ from moedist.config import Config, check_config, load_config, to_yaml
 from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
 from moedist.dispatch import build_transport
 from moedist.engine import TorchEngine
-from moedist.errors import CheckpointError, PlacementError, WorldError
+from moedist.errors import CheckpointError, DataError, PlacementError, WorldError
 from moedist.model import Transformer
 from moedist.monitor import Recorder
 from moedist.phases import PHASES, Run
@@ -113,6 +113,8 @@ def _build(config: Config, world: World, folder: RunFolder | None, plan: Plan, c
     if meta and meta["corpus"] != corpus.digest:
         raise CheckpointError(f"{folder} was trained on other text (digest {meta['corpus'][:12]}, now "
                               f"{corpus.digest[:12]}); bring the old text back, or start without --resume")
+    if corpus.valid is None:
+        raise DataError("the text has no validation split; set data.valid_fraction above 0 to hold a part out")
     train_stream = TrainStream(corpus.train, config.data.sequence_length, config.seed)
     valid_stream = EvalStream(corpus.valid, config.data.sequence_length, config.train.eval_tokens)
     model = Transformer(config, corpus.tokenizer.vocab_size, plan, build_transport(world), world.device,

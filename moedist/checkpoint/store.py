@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from moedist.checkpoint.run_folder import RunFolder
 from moedist.errors import CheckpointError
@@ -36,6 +34,7 @@ def save_checkpoint(run: RunFolder, step: int, tensors: dict[str, torch.Tensor],
     Raises:
         CheckpointError: the disk is full or not writable; the previous checkpoint is untouched.
     """
+    dcp, checkpoint_exception = _library()
     final = run.checkpoint(step)
     part = final.with_name(final.name + ".part")
     if world.is_main:
@@ -52,7 +51,7 @@ def save_checkpoint(run: RunFolder, step: int, tensors: dict[str, torch.Tensor],
             part.rename(final)
             for old in run.steps()[:-keep]:
                 shutil.rmtree(run.checkpoint(old))
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, RuntimeError, checkpoint_exception) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(f"could not write {final}: {_first_cause(error)}; free some space (the previous checkpoint "
                               "is untouched) and resume") from error
@@ -78,6 +77,7 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, torch.Tensor], world: W
     Raises:
         CheckpointError: a name is missing, a shape differs (a checkpoint of another model), or a file is damaged.
     """
+    dcp, checkpoint_exception = _library()
     with _quiet():
         try:
             stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
@@ -92,9 +92,16 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, torch.Tensor], world: W
                                       f"{tuple(tensor.shape)}: it is of another model; resume with its own config.yaml")
         try:
             dcp.load(dict(tensors), checkpoint_id=str(checkpoint), process_group=world.control, no_dist=world.size == 1)
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except (OSError, RuntimeError, checkpoint_exception) as error:
             raise CheckpointError(f"{checkpoint} cannot be read ({_first_cause(error)}); remove it to use an older "
                                   "one") from error
+
+
+def _library() -> tuple[Any, type[BaseException]]:
+    """torch.distributed.checkpoint and its exception, imported when used: it brings a second of other modules."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    return dcp, CheckpointException
 
 
 class _quiet(warnings.catch_warnings):

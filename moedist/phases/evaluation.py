@@ -9,7 +9,6 @@ import torch
 
 from moedist.data import EvalStream
 from moedist.model import Batch, Transformer, next_token_loss_sum
-from moedist.model.loss import IGNORE
 from moedist.placement import equal_counts
 from moedist.world import World
 
@@ -43,7 +42,7 @@ def held_out_loss(model: Transformer, stream: EvalStream, world: World, dtype: t
         inputs, targets = stream.batch(offset, counts[world.rank])
         keys = (offset + torch.arange(len(inputs))).unsqueeze(1) * inputs.shape[1] + torch.arange(inputs.shape[1])
         sums[0] += forward_loss(model, Batch(inputs, keys, EVAL_SEED), targets, world.device, dtype)[0].item()
-        sums[1] += (targets != IGNORE).sum()
+        sums[1] += (targets >= 0).sum()  # padding is negative
     world.all_reduce_(sums)
     model.train(was_training)
     return HeldOut(sums[0].item() / max(sums[1].item(), 1), int(sums[1]))

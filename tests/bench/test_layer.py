@@ -1,0 +1,51 @@
+"""The layer bench runs, compares the same function, and writes its figures."""
+
+import json
+
+import pytest
+import torch
+
+from moedist.bench.interleave import interleaved_medians
+from moedist.bench.layer import SHAPES, _check_agreement, bench_device, bench_layer, build_bench_layer, measure, our_forward
+from moedist.errors import MoedistError
+
+
+def test_measures_every_peer_and_writes_figures(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("deepspeed")
+    figures = bench_layer(["tiny"], ["fp32", "bf16"], 2, str(tmp_path / "f.json"))
+    assert json.loads((tmp_path / "f.json").read_text()) == figures
+    assert {f"layer.tiny.{d}.{f}" for d in ("fp32", "bf16") for f in ("vs_best_peer", "vs_dense")} <= set(figures)
+    out = capsys.readouterr().out
+    for name in ("transformers eager", "transformers batched_mm", "transformers grouped_mm", "deepspeed"):
+        assert name in out
+    seconds, left_out = measure("tiny", "fp32", 1)
+    assert len(seconds) == 6 and all(v > 0 for v in seconds.values())
+    assert all("CUDA" in text for text in left_out)
+
+
+def test_a_peer_that_computes_something_else_is_refused():
+    runs = {"moedist": lambda: torch.ones(1, 10, 4), "other": lambda: 1.1 * torch.ones(1, 10, 4)}
+    with pytest.raises(MoedistError, match="other agrees with moedist"):
+        _check_agreement(runs, torch.float32)
+
+
+def test_interleaving_calls_everything_in_turn():
+    calls = []
+    medians = interleaved_medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    assert calls == ["a", "b", "b", "a", "a", "b", "b", "a"] and set(medians) == {"a", "b"}
+
+
+@pytest.mark.gpu
+def test_layer_on_an_accelerator_equals_the_cpu():
+    y = {}
+    for device in (torch.device("cpu"), bench_device()):
+        shape = SHAPES["tiny"]
+        layer = build_bench_layer(shape, torch.float32, device)
+        x = torch.randn(1, shape.tokens, shape.width, generator=torch.Generator().manual_seed(0)).to(device)
+        x.requires_grad_()
+        out = our_forward(layer, shape.tokens, device)(x)
+        out.square().sum().backward()
+        y[device.type] = [t.detach().cpu() for t in (out, x.grad, layer.bank.w_in.grad, layer.router.weight.grad)]
+    for a, b in zip(y["cpu"], y[bench_device().type]):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,25 @@
+"""What all tests share."""
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A token cache of this test session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need an accelerator; elsewhere they are skipped, and say so."""
+    if not torch.accelerator.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no accelerator here: torch.accelerator.is_available() is False"))
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

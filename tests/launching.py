@@ -1,0 +1,73 @@
+"""Start real runs as a user does: torchrun and the command line, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# a few hundred documents, bytes as tokens: seconds instead of minutes
+TINY = ["data.max_documents=150", "data.tokenizer=byte", "data.sequence_length=32", "model.layers=2", "model.width=32",
+        "model.heads=2", "model.kv_heads=1", "model.expert_hidden=24", "train.batch=8", "train.warmup_steps=2",
+        "train.eval_every=0", "train.eval_tokens=512", "monitor.log_every=1", "monitor.wandb=disabled"]
+QUICKSTART = ["configs/quickstart.yaml", *TINY]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """As a user's shell, with one thread a rank and the token cache of the tests."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR",
+                                                              "MASTER_PORT")}
+    return {**clean, "OMP_NUM_THREADS": "1", "MOEDIST_CACHE": str(cache), "WANDB_MODE": "offline"}
+
+
+def command(ranks: int, *arguments: str) -> list[str]:
+    """`moedist ARGUMENTS` on this many ranks."""
+    python = [sys.executable, "-m"]
+    if ranks == 1:
+        return [*python, "moedist", *arguments]
+    return [*python, "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks),
+            "-m", "moedist", *arguments]
+
+
+def moedist(ranks: int, cache: Path, *arguments: str, ok: bool = True, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run to the end; fails with the output if the exit code is not what `ok` says."""
+    done = subprocess.run(command(ranks, *arguments), cwd=ROOT, env=environment(cache), capture_output=True, text=True,
+                          timeout=timeout)
+    assert (done.returncode == 0) == ok, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def start(ranks: int, cache: Path, *arguments: str) -> subprocess.Popen:
+    """Start and return at once."""
+    return subprocess.Popen(command(ranks, *arguments), cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def only_run(folder: Path) -> Path:
+    """The one run folder in `folder`."""
+    (run,) = [p for p in folder.iterdir() if p.is_dir()]
+    return run
+
+
+def metrics(run: Path, name: str = "train/loss") -> dict[int, float]:
+    """step -> value of a metric."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, timeout: float = 90) -> Path:
+    """The run folder, once `step` is in its metrics."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        for run in folder.glob("*"):
+            text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+            if f'"step": {step},' in text:
+                return run
+        assert process.poll() is None, f"ended with {process.returncode} before step {step}:\n{process.stdout.read()}"
+        time.sleep(0.02)
+    process.kill()
+    raise TimeoutError(f"no step {step} in {timeout} s")
