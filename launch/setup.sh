@@ -191,6 +191,14 @@ start() {
     exec "$@"
 }
 
+# check_first RANKS ARGUMENTS...: refuse a wrong configuration before ranks start, in one line instead of one a rank
+# and the launcher's stack trace.
+check_first() {
+    local ranks=$1
+    shift
+    python -m moedist train "$@" --check --ranks "$ranks" >/dev/null || exit 1
+}
+
 # torchrun_here RANKS ARGUMENTS...: torchrun on this machine alone. A free port, so that two jobs do not meet, and
 # the loopback address, which works where the host's own name does not resolve.
 torchrun_here() {

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Callable, Sequence
 
-from moedist.errors import MoedistError
+from moedist.errors import ConfigError, MoedistError, PlacementError
 
 EXAMPLES = {
     "train": """examples:
@@ -64,21 +64,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, run: Callable, show_keys: bool = False,
              example: str | None = None) -> argparse.ArgumentParser:
-    epilog = EXAMPLES[example or name]
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
-                                 formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 epilog=epilog if not show_keys else _LazyKeys(epilog))
+                                 formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES[example or name])
+    if show_keys:
+        plain_help = parser.format_help
+        parser.format_help = lambda: plain_help() + _keys_help()
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     parser.set_defaults(run=run)
     return parser
 
 
-class _LazyKeys(str):
-    """An epilog that lists the configuration keys, built only when help is printed."""
-
-    def __mod__(self, values: object) -> str:  # argparse formats the epilog with %
-        from moedist.config import describe_keys
-        return f"{self}\nconfiguration keys (section.key=default):\n{describe_keys()}"
+def _keys_help() -> str:
+    from moedist.config import describe_keys
+    return f"\nconfiguration keys (section.key=default):\n{describe_keys()}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MoedistError as error:
         if args.debug:
             raise
-        _fail(str(error))
+        _fail(str(error), same_on_all_ranks=isinstance(error, (ConfigError, PlacementError)))
     except KeyboardInterrupt:
         _fail("interrupted")
     except RuntimeError as error:
@@ -122,12 +120,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _train(args: argparse.Namespace) -> None:
     if args.config is None and args.resume in (None, "newest"):
-        raise MoedistError("no configuration given; try: moedist train configs/quickstart.yaml")
+        raise ConfigError("no configuration given; try: moedist train configs/quickstart.yaml")
     if args.check:
         from moedist.config import check_config, load_config
         from moedist.placement import plan_from_config
-        from moedist.world import find_launch
-        config, ranks = load_config(args.config, args.overrides), args.ranks or find_launch().size
+        config, ranks = load_config(args.config, args.overrides), args.ranks or _launched_ranks()
         check_config(config, ranks)
         plan = plan_from_config(config, ranks)
         print(f"{args.config} is fine for {ranks} rank(s); plan {plan.sha256[:12]}")
@@ -154,6 +151,11 @@ def _bench_layer(args: argparse.Namespace) -> None:
     bench_layer(args.shapes, args.dtypes, args.rounds, args.json)
 
 
+def _launched_ranks() -> int:
+    from moedist.world import find_launch  # imports torch
+    return find_launch().size
+
+
 def _say(text: str) -> None:
     """Print once, whatever the number of ranks."""
     from moedist.world import find_launch
@@ -172,10 +174,13 @@ def _lost_rank(error: RuntimeError) -> str | None:
     return None
 
 
-def _fail(text: str) -> None:
-    """Print an error once where all ranks have the same, and end with exit code 1."""
-    rank = os.environ.get("RANK", "0")
-    # every rank meets the same user error; let rank 0 speak, and the others only if it may not have met it
-    if rank == "0" or "rank" in text:
+def _fail(text: str, same_on_all_ranks: bool = False) -> None:
+    """Print an error on one line and end with exit code 1; once where every rank meets the same one."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if same_on_all_ranks or size == "1":
+        text = text if rank == "0" else ""
+    else:
+        text = f"rank {rank}: {text}"
+    if text:
         print(f"moedist: error: {text}", file=sys.stderr, flush=True)
     sys.exit(1)

@@ -42,9 +42,9 @@ def moedist(ranks: int, cache: Path, *arguments: str, ok: bool = True, timeout: 
 
 
 def start(ranks: int, cache: Path, *arguments: str) -> subprocess.Popen:
-    """Start and return at once."""
+    """Start in a process group of its own and return at once."""
     return subprocess.Popen(command(ranks, *arguments), cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def only_run(folder: Path) -> Path:

@@ -16,7 +16,7 @@ def losses(run):
     return list(metrics(run).values())
 
 
-@pytest.mark.parametrize("router", ["topk", "stochastic_topk", "expert_choice"])
+@pytest.mark.parametrize("router", ["topk", "stochastic_topk", "soft_moe"])
 def test_one_rank_and_three_have_the_same_losses_in_float64(tmp_path, cache, router):
     """20 steps, uneven experts and batches, one rank with no experts; and they fall."""
     common = ["train", *QUICKSTART, "phases=[{train: 20}]", "train.dtype=float64", f"router.name={router}",
@@ -68,12 +68,16 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, cache, uninterrupted,
     assert metrics(run) == metrics(uninterrupted[0])
 
 
-def test_sigterm_saves_and_resume_goes_on(tmp_path, cache, uninterrupted):
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "Ctrl-C"])
+def test_a_signal_saves_and_resume_goes_on(tmp_path, cache, uninterrupted, how):
     arguments = ["train", *QUICKSTART, f"folder={tmp_path}", f"phases=[{{train: {STEPS}}}]", "checkpoint.every=0",
                  "model.dropout=0.1"]
     process = start(2, cache, *arguments)
     run = wait_for_step(tmp_path, 3, process)
-    process.send_signal(signal.SIGTERM)
+    if how == "Ctrl-C":  # a terminal sends SIGINT to the whole group
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert "stopped by a signal after step" in out and f"--resume {run}" in out
     assert len(list((run / "checkpoints").iterdir())) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,22 +84,26 @@ class Signals:
     """Remembers signals until the end of the step: SIGTERM and SIGINT stop the run, SIGUSR1 saves a checkpoint."""
 
     STOP = (signal.SIGTERM, signal.SIGINT)
+    PATIENCE_S = 5  # Ctrl-C reaches a rank twice: from the terminal, and handed on by torchrun
 
     def __init__(self) -> None:
         self.stop: str | None = None
         self.save = False
+        self._stopped_at = 0.0
 
     def listen(self) -> None:
-        """Install the handlers (main thread only). A second SIGINT kills at once."""
+        """Install the handlers (main thread only). Another SIGINT, `PATIENCE_S` after the first, kills at once."""
         for number in self.STOP:
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_save)
 
     def _on_stop(self, number: int, _: Any) -> None:
-        if self.stop and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.stop is None:
+            self.stop, self._stopped_at = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self._stopped_at > self.PATIENCE_S:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
-        self.stop = signal.Signals(number).name
 
     def _on_save(self, *_: Any) -> None:
         self.save = True

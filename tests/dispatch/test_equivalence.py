@@ -76,3 +76,21 @@ def test_no_tokens_anywhere():
     for part in run_ranks(2, run_case, Case((0, 1), (0, 0))):
         assert part.y.shape == (0, 6, 8) and part.loss == 0
         assert all(not g.any() for g in part.expert_grads.values())
+
+
+def run_case_on(world, case, devices):
+    return run_case(world, case, devices[world.rank])
+
+
+@pytest.mark.gpu
+def test_ranks_on_an_accelerator_and_on_the_cpu_equal_one_process():
+    kind = torch.accelerator.current_accelerator().type
+    case = Case((0, 1, 1, 0), (2, 1))
+    alone = run_ranks(1, run_case, case.alone())[0]
+    for devices in ((kind, "cpu"), ("cpu", kind), (kind, kind)):
+        parts = run_ranks(2, run_case_on, case, devices)
+        torch.testing.assert_close(torch.cat([p.y for p in parts]), alone.y, **EXACT)
+        torch.testing.assert_close(torch.cat([p.grad_x for p in parts]), alone.grad_x, **EXACT)
+        for part in parts:
+            for name, grad in part.expert_grads.items():
+                torch.testing.assert_close(grad, alone.expert_grads[name], **EXACT)
