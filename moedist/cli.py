@@ -70,7 +70,7 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str, run: Ca
         plain_help = parser.format_help
         parser.format_help = lambda: plain_help() + _keys_help()
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
-    parser.set_defaults(run=run)
+    parser.set_defaults(handler=run)
     return parser
 
 
@@ -81,9 +81,12 @@ def _keys_help() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Errors that are the user's to mend are one line and exit code 1."""
+    # Read when torch is first imported, below. GNU OpenMP's threads spin for milliseconds after each parallel region by
+    # default, on the cores that the expert threads need (moedist.model.grouped_ffn); 1000 turns are some microseconds.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = parse(argv)
     try:
-        args.run(args)
+        args.handler(args)
     except MoedistError as error:
         if args.debug:
             raise
@@ -167,10 +170,8 @@ def _lost_rank(error: RuntimeError) -> str | None:
     """One line for a collective that failed because another rank is gone; None for any other error."""
     text = str(error)
     if "Connection closed by peer" in text or "Connection reset by peer" in text or "Timed out waiting" in text:
-        from moedist.world import find_launch
-        launch = find_launch()
-        return (f"rank {launch.rank} of {launch.size} lost another rank ({' '.join(text.split())[:160]}); the launcher names "
-                "the one that died. Go on from the last checkpoint with --resume")
+        return (f"lost another rank ({' '.join(text.split())[:160]}); the launcher names the one that died; go on from the "
+                "last checkpoint with --resume")
     return None
 
 

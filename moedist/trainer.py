@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any, Sequence
@@ -21,8 +22,10 @@ from moedist.phases.train import Stopped, evaluate
 from moedist.placement import Plan, plan_from_config
 from moedist.world import World, find_launch
 
-# what a checkpoint must share with the run that resumes from it: with another value the weights mean something else
-FIXED_ON_RESUME = ("model", "router.name", "data.sequence_length", "data.tokenizer", "train.batch", "seed")
+# What a run must share with the checkpoint it goes on from: with another value the weights or the position in the data
+# would mean something else. Of the model, everything but these keys.
+FIXED_ON_RESUME = ("router.name", "data.sequence_length", "data.tokenizer", "seed")
+MODEL_MAY_CHANGE = ("dropout", "recompute", "init_std")
 
 
 def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | None = None) -> RunFolder:
@@ -77,14 +80,10 @@ def _find_config(path: str | None, overrides: list[str], resume: str | None) -> 
 
 def refuse_other_model(saved: Config, config: Config, folder: RunFolder) -> None:
     """Raise `CheckpointError` where `config` differs from the saved one in what a checkpoint depends on."""
-    for name in FIXED_ON_RESUME:
-        old, new = saved, config
-        for part in name.split("."):
-            old, new = getattr(old, part), getattr(new, part)
+    model_keys = [f"model.{f.name}" for f in dataclasses.fields(config.model) if f.name not in MODEL_MAY_CHANGE]
+    for name in (*model_keys, *FIXED_ON_RESUME):
+        old, new = (functools.reduce(getattr, name.split("."), c) for c in (saved, config))
         if old != new:
-            if dataclasses.is_dataclass(old):
-                part = next(f.name for f in dataclasses.fields(old) if getattr(old, f.name) != getattr(new, f.name))
-                name, old, new = f"{name}.{part}", getattr(old, part), getattr(new, part)
             raise CheckpointError(f"{folder} was trained with {name}={old}, now it is {new}: its checkpoint does not fit; "
                                   f"set {name}={old}, or start without --resume")
 

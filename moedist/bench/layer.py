@@ -1,7 +1,7 @@
 """`moedist bench layer`: our MoE layer against other implementations with the same weights, forward and backward.
 
-Also against one dense GEMM pair of the same FLOPs on as many rows, which is what a perfect grouped GEMM would reach, and
-on a machine with an accelerator, the accelerator against the CPU.
+Also against one dense feed-forward of the same FLOPs on as many rows, which a perfect grouped GEMM would reach, and on a
+machine with an accelerator, the accelerator against the CPU.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import json
 from typing import Callable, NamedTuple, Sequence
 
 import torch
+from torch import nn
 
 from moedist.bench.interleave import interleaved_medians
-from moedist.bench.peers import Forward, peers_of
+from moedist.bench.peers import Forward, Peer, peers_of
 from moedist.config import RouterConfig
 from moedist.dispatch import Dispatcher, Layout, LocalTransport
 from moedist.errors import MoedistError
 from moedist.model import ExpertBank, MoELayer
+from moedist.model.feed_forward import FeedForward
 from moedist.model.initialise import fill_normal
 from moedist.placement import LayerPlan
 from moedist.routing import RouterInput, build_router
@@ -35,6 +37,7 @@ class Shape(NamedTuple):
 
 SHAPES = {"coarse": Shape(4096, 512, 2048, 8, 2), "fine": Shape(512, 512, 128, 64, 8), "tiny": Shape(64, 32, 16, 8, 2),
           "poster": Shape(4096, 512, 2048, 8, 2)}
+DENSE, BARE = "dense feed-forward", "bare GEMM pair"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest difference of a token's output over the largest output, and the part of tokens that must be within it: some
 # peers score the experts in bfloat16, which sends a token with close scores to another expert.
@@ -46,7 +49,8 @@ def build_bench_layer(shape: Shape, dtype: torch.dtype, device: torch.device) ->
     layout = Layout(LayerPlan.single([0] * shape.experts), 0, 1)
     bank = ExpertBank(0, layout.local_experts, shape.width, [shape.hidden] * shape.experts, "swiglu", device, dtype)
     bank.initialise(0, 0.02, 0.02)
-    router = build_router(shape.width, shape.experts, shape.top_k, RouterConfig(), shape.tokens)
+    config = RouterConfig(balance_loss=0, z_loss=0)  # the peers compute no router losses here
+    router = build_router(shape.width, shape.experts, shape.top_k, config, shape.tokens)
     layer = MoELayer(router, bank, Dispatcher(layout, LocalTransport(), device)).to(device=device, dtype=dtype)
     fill_normal(router.weight, 0.02, 0, "router")
     return layer
@@ -72,12 +76,16 @@ def forward_backward(forward: Forward, parameters: Sequence[torch.Tensor], x: to
     return run
 
 
-def dense_pair(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Forward, list[torch.Tensor]]:
-    """x @ a @ b on T*K rows with inner width 1.5 F: the FLOPs of the experts (gate, up, down) in one GEMM pair."""
+def dense_references(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Peer]:
+    """What as many rows and FLOPs cost without experts: all T*K rows through one set of weights, which stay in cache.
+
+    "dense feed-forward" is one expert, a GEMM pair D -> 2F and F -> D with SwiGLU between; "bare GEMM pair" has the same
+    FLOPs as D -> 1.5F -> D with nothing between.
+    """
     inner = 3 * shape.hidden // 2
-    a = torch.randn(shape.width, inner, device=device, dtype=dtype).mul_(0.02).requires_grad_()
-    b = torch.randn(inner, shape.width, device=device, dtype=dtype).mul_(0.02).requires_grad_()
-    return lambda x: x @ a @ b, [a, b]
+    bare = nn.Sequential(nn.Linear(shape.width, inner, bias=False), nn.Linear(inner, shape.width, bias=False))
+    found = {DENSE: FeedForward(shape.width, shape.hidden, "swiglu"), BARE: bare}
+    return {name: (module.to(device=device, dtype=dtype), module) for name, module in found.items()}
 
 
 def measure(shape_name: str, dtype_name: str, rounds: int) -> tuple[dict[str, float], list[str]]:
@@ -97,8 +105,8 @@ def measure(shape_name: str, dtype_name: str, rounds: int) -> tuple[dict[str, fl
     runs = {name: forward_backward(forward, ps, x, grad) for name, (forward, ps) in forwards.items()}
     _check_agreement(runs, dtype)
     rows = torch.randn(shape.tokens * shape.top_k, shape.width, device=device).to(dtype).requires_grad_()
-    dense, dense_parameters = dense_pair(shape, dtype, device)
-    runs["dense GEMM pair"] = forward_backward(dense, dense_parameters, rows, torch.randn_like(rows))
+    for name, (module, forward) in dense_references(shape, dtype, device).items():
+        runs[name] = forward_backward(forward, list(module.parameters()), rows, torch.randn_like(rows))
     return interleaved_medians(runs, rounds, device=device), left_out
 
 
@@ -123,12 +131,12 @@ def bench_layer(shapes: Sequence[str], dtypes: Sequence[str], rounds: int, json_
                 print(f"  {name:<28}{1e3 * value:>10.2f} ms{value / seconds['moedist']:>8.2f}x moedist's time")
             for text in left_out:
                 print(f"  left out: {text}")
-            peers = {n: v for n, v in seconds.items() if n not in ("moedist", "dense GEMM pair")}
+            peers = {n: v for n, v in seconds.items() if n not in ("moedist", DENSE, BARE)}
             if peers:
                 best = min(peers, key=peers.get)
                 figures[f"layer.{shape}.{dtype}.vs_best_peer"] = peers[best] / seconds["moedist"]
                 print(f"  layer.{shape}.{dtype}.vs_best_peer {figures[f'layer.{shape}.{dtype}.vs_best_peer']:.2f} ({best})")
-            figures[f"layer.{shape}.{dtype}.vs_dense"] = seconds["moedist"] / seconds["dense GEMM pair"]
+            figures[f"layer.{shape}.{dtype}.vs_dense"] = seconds["moedist"] / seconds[DENSE]
             print(f"  layer.{shape}.{dtype}.vs_dense {figures[f'layer.{shape}.{dtype}.vs_dense']:.2f}")
     if bench_device().type != "cpu":
         figures |= _accelerator_over_cpu(rounds)

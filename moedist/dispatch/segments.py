@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 EMBEDDING_BAG_DEVICES = ("cpu", "cuda")
+CHUNK = 2048
 
 
 def segment_sum(rows_ND: torch.Tensor, index_N: torch.Tensor, starts_T: torch.Tensor,
@@ -75,12 +76,12 @@ class WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple:
         rows_ND, weights_N, by_token_N, token_N = ctx.saved_tensors
-        grad_ND = grad_TD.contiguous().index_select(0, token_N)
-        grad_weights = grad_rows = None
-        if ctx.needs_input_grad[1]:
-            dots_N = torch.linalg.vecdot(rows_ND, grad_ND)
-            grad_weights = dots_N.index_select(0, by_token_N).to(weights_N.dtype)
-        if ctx.needs_input_grad[0]:
-            row_weights_N = torch.empty_like(weights_N).index_copy_(0, by_token_N, weights_N)
-            grad_rows = grad_ND.mul_(row_weights_N.to(grad_ND.dtype).unsqueeze(1))
-        return grad_rows, grad_weights, None, None, None
+        grad_TD = grad_TD.contiguous()
+        row_weights_N1 = torch.empty_like(weights_N).index_copy_(0, by_token_N, weights_N).to(rows_ND.dtype).unsqueeze(1)
+        grad_rows, dots_N = torch.empty_like(rows_ND), rows_ND.new_empty(len(rows_ND))
+        for start in range(0, len(rows_ND), CHUNK):  # a few rows at a time: three passes over what is still in cache
+            part = slice(start, start + CHUNK)
+            torch.index_select(grad_TD, 0, token_N[part], out=grad_rows[part])
+            torch.linalg.vecdot(rows_ND[part], grad_rows[part], out=dots_N[part])
+            grad_rows[part].mul_(row_weights_N1[part])
+        return grad_rows, dots_N.index_select(0, by_token_N).to(weights_N.dtype), None, None, None

@@ -1,13 +1,14 @@
 """The expert feed-forward of many experts at once: one autograd function, one GEMM per expert and operand.
 
-Autograd over a loop of `w[e]` writes a full-size gradient per expert, and one small GEMM split over all threads wastes
-most of them. Here each GEMM writes its slice of preallocated results, and on a CPU each thread takes a contiguous run of
-experts, so that threads never wait for each other inside a GEMM.
+Autograd over a loop of `w[e]` writes a full-size gradient per expert, and one small GEMM split over all threads wastes most
+of them. Here each GEMM writes its slice of preallocated results; neighbouring small experts form a group whose activation
+is one call on values that are still in cache; and on a CPU each thread has groups of its own, so that threads never wait
+for each other inside a GEMM.
 
 All experts of a rank are stored neuron by neuron, one after another, so their widths may differ:
     w_in  [g * sum(F), D]: of each expert its F gate rows, then its F up rows (swiglu, g = 2), or its F rows (gelu, g = 1)
     w_out [sum(F), D]: row i is what hidden neuron i writes (the down projection, transposed)
-R rows sorted by expert, D model width, F hidden width of an expert.
+R rows sorted by expert, D model width, F hidden width of an expert, n rows of one expert.
 """
 
 from __future__ import annotations
@@ -18,30 +19,65 @@ from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 import torch
-from torch.nn import functional as F
 
 ACTIVATIONS = {"swiglu": 2, "gelu": 1}  # rows of w_in per hidden neuron
+aten = torch.ops.aten
+
+
+GROUP_VALUES = 2**17  # activations of one group: half a megabyte in float32, a part of a core's cache
+GROUPS_PER_THREAD = 4  # enough to even out the threads
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Where one expert's rows and weights are: half-open ranges."""
+    """Where one expert's rows and weights are, and its rows within its group."""
 
     rows: slice
     w_in: slice
     w_out: slice
+    in_group: slice
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring experts of one width F with n rows in all; `hidden` is where their [n, g*F] pre-activations are."""
+
+    experts: tuple[Slices, ...]
+    count: int
     width: int
+    hidden: slice
+
+    @property
+    def values(self) -> int:
+        """n * F."""
+        return self.count * self.width
 
 
-def expert_slices(counts: Sequence[int], widths: Sequence[int], gate: int) -> list[Slices]:
-    """One `Slices` per expert that has rows."""
-    found, row, neuron = [], 0, 0
+def make_groups(counts: Sequence[int], widths: Sequence[int], gate: int, limit: int) -> list[Group]:
+    """Groups of at most `limit` activations (or of one expert), without the experts that have no rows."""
+    groups: list[Group] = []
+    members: list[Slices] = []
+    row = neuron = hidden = n = 0
+
+    def close(width: int) -> None:
+        nonlocal hidden, n
+        if members:
+            size = n * gate * width
+            groups.append(Group(tuple(members), n, width, slice(hidden, hidden + size)))
+            hidden, n = hidden + size, 0
+            members.clear()
+
+    last = 0
     for count, width in zip(counts, widths):
+        if count and (width != last or (n + count) * width > limit):
+            close(last)
         if count:
-            found.append(Slices(slice(row, row + count), slice(gate * neuron, gate * (neuron + width)),
-                                slice(neuron, neuron + width), width))
+            members.append(Slices(slice(row, row + count), slice(gate * neuron, gate * (neuron + width)),
+                                  slice(neuron, neuron + width), slice(n, n + count)))
+            n, last = n + count, width
         row, neuron = row + count, neuron + width
-    return found
+    close(last)
+    return groups
 
 
 def grouped_ffn(rows_RD: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, counts: Sequence[int],
@@ -64,132 +100,109 @@ class _GroupedFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, counts: list[int],
                 widths: list[int], activation: str) -> torch.Tensor:
-        ctx.experts = expert_slices(counts, widths, ACTIVATIONS[activation])
-        ctx.activation = activation
-        hidden, y = x.new_empty(_hidden_size(ctx.experts) * ACTIVATIONS[activation]), torch.empty_like(x)
+        values = sum(c * w for c, w in zip(counts, widths))
+        limit = min(GROUP_VALUES, values // (GROUPS_PER_THREAD * torch.get_num_threads()))
+        groups = make_groups(counts, widths, ACTIVATIONS[activation], limit)
+        hidden, y = x.new_empty(values * ACTIVATIONS[activation]), torch.empty_like(x)
         x, w_in, w_out = x.detach(), w_in.detach(), w_out.detach()
 
-        def run(experts: list[Slices], start: int) -> None:
-            for group, h, a in _by_width(experts, hidden, start, activation):
-                for e, r in group:
-                    torch.mm(x[e.rows], w_in[e.w_in].t(), out=h[r])
+        def run(part: list[Group]) -> None:
+            scratch = x.new_empty(max(group.values for group in part))
+            for group in part:
+                h, a = hidden[group.hidden].view(group.count, -1), scratch[:group.values].view(group.count, -1)
+                for e in group.experts:
+                    torch.mm(x[e.rows], w_in[e.w_in].t(), out=h[e.in_group])
                 _activate(h, a, activation)
-                for e, r in group:
-                    torch.mm(a[r], w_out[e.w_out], out=y[e.rows])
+                for e in group.experts:
+                    torch.mm(a[e.in_group], w_out[e.w_out], out=y[e.rows])
 
-        _in_threads(run, ctx.experts, x.device)
+        _in_threads(run, groups, x.device)
         ctx.save_for_backward(x, w_in, w_out, hidden)
+        ctx.groups, ctx.activation = groups, activation
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple:
         x, w_in, w_out, hidden = ctx.saved_tensors
-        grad = grad.contiguous()
-        gate, activation = ACTIVATIONS[ctx.activation], ctx.activation
+        dy = dy.contiguous()  # a sum's gradient arrives expanded
         grad_x = torch.empty_like(x)
-        covered = sum(e.width for e in ctx.experts) == len(w_out)  # every expert has rows: each slice is written
+        covered = sum(len(g.experts) * g.width for g in ctx.groups) == len(w_out)  # no expert without rows: all is written
         grad_in, grad_out = ((torch.empty_like if covered else torch.zeros_like)(w) for w in (w_in, w_out))
-        grad_hidden = torch.empty_like(hidden)
 
-        def run(experts: list[Slices], start: int) -> None:
-            for group, h, a in _by_width(experts, hidden, start, activation):
-                offset = h.storage_offset()
-                grad_h = grad_hidden[offset:offset + h.numel()].view_as(h)
-                grad_a = torch.empty_like(a)
-                for e, r in group:
-                    torch.mm(grad[e.rows], w_out[e.w_out].t(), out=grad_a[r])
-                _activate_backward(h, a, grad_a, grad_h, activation)
-                for e, r in group:
-                    torch.mm(a[r].t(), grad[e.rows], out=grad_out[e.w_out])
-                    torch.mm(grad_h[r], w_in[e.w_in], out=grad_x[e.rows])
-                    torch.mm(grad_h[r].t(), x[e.rows], out=grad_in[e.w_in])
+        def run(part: list[Group]) -> None:
+            scratch = x.new_empty(2 + ACTIVATIONS[ctx.activation], max(group.values for group in part))
+            for group in part:
+                h = hidden[group.hidden].view(group.count, -1)
+                a, grad_a = (buffer[:group.values].view(group.count, -1) for buffer in scratch[:2])
+                grad_h = scratch[2:].flatten()[:h.numel()].view_as(h)
+                for e in group.experts:
+                    torch.mm(dy[e.rows], w_out[e.w_out].t(), out=grad_a[e.in_group])
+                _activate_backward(h, a, grad_a, grad_h, ctx.activation)
+                for e in group.experts:
+                    grad_h_e = grad_h[e.in_group]
+                    torch.mm(a[e.in_group].t(), dy[e.rows], out=grad_out[e.w_out])
+                    torch.mm(grad_h_e, w_in[e.w_in], out=grad_x[e.rows])
+                    torch.mm(grad_h_e.t(), x[e.rows], out=grad_in[e.w_in])
 
-        assert hidden.numel() == _hidden_size(ctx.experts) * gate
-        _in_threads(run, ctx.experts, x.device)
+        _in_threads(run, ctx.groups, x.device)
         return grad_x, grad_in, grad_out, None, None, None
-
-
-def _hidden_size(experts: list[Slices]) -> int:
-    return sum((e.rows.stop - e.rows.start) * e.width for e in experts)
-
-
-def _by_width(experts: list[Slices], hidden: torch.Tensor, start: int, activation: str):
-    """Runs of neighbouring experts of one width, each with its pre-activations [n, g*F] and a buffer [n, F].
-
-    Yields ([(expert, its rows in the buffers)], hidden view, activation buffer); equal widths make one run, so that the
-    activation is one call.
-    """
-    gate, i = ACTIVATIONS[activation], 0
-    while i < len(experts):
-        j = i
-        while j < len(experts) and experts[j].width == experts[i].width:
-            j += 1
-        first, width = experts[i].rows.start, experts[i].width
-        rows = experts[j - 1].rows.stop - first
-        h = hidden[start:start + rows * gate * width].view(rows, gate * width)
-        group = [(e, slice(e.rows.start - first, e.rows.stop - first)) for e in experts[i:j]]
-        yield group, h, hidden.new_empty(rows, width)
-        start, i = start + h.numel(), j
 
 
 def _activate(h: torch.Tensor, out: torch.Tensor, activation: str) -> None:
     if activation == "swiglu":
         gate, up = h.chunk(2, dim=1)
-        torch.mul(F.silu(gate), up, out=out)
+        aten.silu.out(gate, out=out)
+        out.mul_(up)
     else:
-        out.copy_(F.gelu(h, approximate="tanh"))
+        aten.gelu.out(h, approximate="tanh", out=out)
 
 
 def _activate_backward(h: torch.Tensor, a: torch.Tensor, grad_a: torch.Tensor, grad_h: torch.Tensor,
                        activation: str) -> None:
-    """Fill `grad_h`, and recompute the activation into `a` on the way: cheaper than having kept it."""
+    """Fill `grad_h`, and recompute the activation into `a` on the way: cheaper than having kept it. Spoils `grad_a`."""
     if activation == "swiglu":
         gate, up = h.chunk(2, dim=1)
-        silu = F.silu(gate)
-        torch.mul(silu, up, out=a)
-        torch.mul(grad_a, silu, out=grad_h[:, up.shape[1]:])
-        grad_h[:, :up.shape[1]] = torch.ops.aten.silu_backward(grad_a.mul_(up), gate)
+        grad_gate, grad_up = grad_h.chunk(2, dim=1)
+        aten.silu.out(gate, out=a)
+        torch.mul(grad_a, a, out=grad_up)
+        a.mul_(up)
+        aten.silu_backward.grad_input(grad_a.mul_(up), gate, grad_input=grad_gate)
     else:
-        a.copy_(F.gelu(h, approximate="tanh"))
-        grad_h.copy_(torch.ops.aten.gelu_backward(grad_a, h, approximate="tanh"))
+        aten.gelu.out(h, approximate="tanh", out=a)
+        aten.gelu_backward.grad_input(grad_a, h, approximate="tanh", grad_input=grad_h)
 
 
-def _in_threads(run: Callable[[list[Slices], int], None], experts: list[Slices], device: torch.device) -> None:
-    """Call `run(experts, offset of their hidden values)` for all experts, on a CPU in parts of about equal work."""
+def _in_threads(run: Callable[[list[Group]], None], groups: list[Group], device: torch.device) -> None:
+    """Call `run` for all groups, on a CPU in one part of about equal work per thread."""
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(experts) < 2 * threads:
-        with torch.no_grad():
-            run(experts, 0)
+    if not groups:
         return
-    parts = _equal_work(experts, threads)
-    futures = [_pool(threads).submit(_without_grad, run, part, offset) for part, offset in parts]
+    if device.type != "cpu" or threads == 1 or len(groups) < 2 * threads:
+        with torch.no_grad():
+            run(groups)
+        return
+    futures = [_pool(threads).submit(_without_grad, run, part) for part in _equal_work(groups, threads)]
     for future in futures:
         future.result()
 
 
-def _without_grad(run: Callable, part: list[Slices], offset: int) -> None:
+def _without_grad(run: Callable[[list[Group]], None], part: list[Group]) -> None:
     with torch.no_grad():  # grad mode is a property of the thread
-        run(part, offset)
+        run(part)
 
 
-def _equal_work(experts: list[Slices], parts: int) -> list[tuple[list[Slices], int]]:
-    """Contiguous runs of experts, each with where its hidden values start, of about equal rows * width."""
-    work = [(e.rows.stop - e.rows.start) * e.width for e in experts]
-    total, done, found = sum(work), 0, []
-    current: list[Slices] = []
-    start = 0
-    gate = (experts[0].w_in.stop - experts[0].w_in.start) // experts[0].width
-    for e, w in zip(experts, work):
-        if current and done + w / 2 > total * (len(found) + 1) / parts:
-            found.append((current, start))
-            current, start = [], done * gate
-        current.append(e)
-        done += w
-    found.append((current, start))
-    return found
+def _equal_work(groups: list[Group], parts: int) -> list[list[Group]]:
+    """Groups in parts of about equal work, longest first to the least busy (Graham 1969, LPT), in order within a part."""
+    found: list[list[Group]] = [[] for _ in range(parts)]
+    work = [0] * parts
+    for group in sorted(groups, key=lambda g: -g.values):
+        least = work.index(min(work))
+        found[least].append(group)
+        work[least] += group.values
+    return [sorted(part, key=lambda g: g.hidden.start) for part in found if part]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     # set_num_threads is per thread: each worker's GEMMs run on itself alone
     return ThreadPoolExecutor(threads, "moedist-expert", initializer=lambda: torch.set_num_threads(1))

@@ -95,9 +95,13 @@ def router_logits(x_GSD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
         return x_GSD.flatten(0, 1).to(dtype) @ weight_ED.to(dtype).t()
 
 
-def z_loss_sum(logits_TE: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of logsumexp(logits)^2, the router z-loss of ST-MoE (Zoph et al. 2022, arXiv 2202.08906, eq. 5)."""
-    return logits_TE.logsumexp(-1).square().sum()
+def z_loss(logits_TE: torch.Tensor, config: RouterConfig) -> dict[str, torch.Tensor]:
+    """Sum over tokens of logsumexp(logits)^2, the router z-loss of ST-MoE (Zoph et al. 2022, arXiv 2202.08906, eq. 5).
+
+    Returns:
+        {"z_loss": sum}, or nothing where its weight is 0.
+    """
+    return {"z_loss": logits_TE.logsumexp(-1).square().sum()} if config.z_loss else {}
 
 
 def entropy_sum(probs_TE: torch.Tensor) -> torch.Tensor:

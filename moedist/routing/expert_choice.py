@@ -7,7 +7,7 @@ from torch import nn
 
 from moedist.config import RouterConfig
 from moedist.routing.base import (
-    Assignment, Router, RouterInput, demand, entropy_sum, even_share, router_logits, z_loss_sum,
+    Assignment, Router, RouterInput, demand, entropy_sum, even_share, router_logits, z_loss,
 )
 
 
@@ -34,4 +34,4 @@ class ExpertChoiceRouter(Router):
         token_ids, by_token = (places_GCE + starts_G11).reshape(-1).sort(stable=True)
         experts = torch.arange(self.experts, device=logits_TE.device).expand_as(places_GCE).reshape(-1)[by_token]
         return Assignment(token_ids, experts, weights_GCE.reshape(-1)[by_token], demand_E=demand(experts, self.experts),
-                          aux_losses={"z_loss": z_loss_sum(logits_TE)}, stats={"entropy": entropy_sum(probs_TE)})
+                          aux_losses=z_loss(logits_TE, self.config), stats={"entropy": entropy_sum(probs_TE)})

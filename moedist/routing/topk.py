@@ -7,7 +7,7 @@ from torch import nn
 
 from moedist.config import RouterConfig
 from moedist.routing.base import (
-    Assignment, Router, RouterInput, entropy_sum, router_logits, rows_of_tokens, z_loss_sum,
+    Assignment, Router, RouterInput, entropy_sum, router_logits, rows_of_tokens, z_loss,
 )
 
 
@@ -33,7 +33,8 @@ class TopKRouter(Router):
         if self.config.normalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return rows_of_tokens(inputs, experts_TK, weights_TK, self.experts, self.config.capacity_factor or 0.0,
-                              prob_sum_E=probs_TE.sum(0), aux_losses={"z_loss": z_loss_sum(logits_TE)},
+                              prob_sum_E=probs_TE.sum(0) if self.config.balance_loss else None,
+                              aux_losses=z_loss(logits_TE, self.config),
                               stats={"entropy": entropy_sum(probs_TE)})
 
     def scores(self, inputs: RouterInput) -> torch.Tensor:

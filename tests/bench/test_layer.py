@@ -20,7 +20,7 @@ def test_measures_every_peer_and_writes_figures(tmp_path, capsys):
     for name in ("transformers eager", "transformers batched_mm", "transformers grouped_mm", "deepspeed"):
         assert name in out
     seconds, left_out = measure("tiny", "fp32", 1)
-    assert len(seconds) == 6 and all(v > 0 for v in seconds.values())
+    assert len(seconds) == 7 and all(v > 0 for v in seconds.values())
     assert all("CUDA" in text for text in left_out)
 
 

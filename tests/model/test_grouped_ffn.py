@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from moedist.model.grouped_ffn import ACTIVATIONS, expert_slices, grouped_ffn
+from moedist.model.grouped_ffn import ACTIVATIONS, _equal_work, grouped_ffn, make_groups
 
 D = 6
 
@@ -74,10 +74,24 @@ def test_wrong_counts_are_refused():
         grouped_ffn(*make([5], [2], "gelu"), [4], [2], "gelu")
 
 
-def test_slices_skip_experts_without_rows():
-    found = expert_slices([2, 0, 3], [4, 5, 6], gate=2)
-    assert [(s.rows, s.w_in, s.w_out) for s in found] == [
-        (slice(0, 2), slice(0, 8), slice(0, 4)), (slice(2, 5), slice(18, 30), slice(9, 15))]
+def test_groups_by_hand():
+    found = make_groups([2, 0, 3, 1, 4], [4, 4, 4, 6, 6], gate=2, limit=20)
+    # experts 0 and 2 make 5 * 4 = 20 values; 3 is wider; 4 would make 5 * 6 = 30
+    assert [(g.count, g.width, g.hidden) for g in found] == [
+        (5, 4, slice(0, 40)), (1, 6, slice(40, 52)), (4, 6, slice(52, 100))]
+    first, second = found[0].experts
+    assert (first.rows, first.w_in, first.w_out, first.in_group) == (slice(0, 2), slice(0, 8), slice(0, 4), slice(0, 2))
+    assert (second.rows, second.w_in, second.w_out, second.in_group) == (
+        slice(2, 5), slice(16, 24), slice(8, 12), slice(2, 5))
+    assert make_groups([0, 0], [3, 3], 2, 10) == [] == make_groups([], [], 2, 10)
+
+
+def test_threads_get_equal_work():
+    groups = make_groups([8, 1, 7, 2, 0, 6], [3] * 6, gate=2, limit=0)
+    parts = _equal_work(groups, 2)
+    # 8 | 7, then 6 to the second, 2 and 1 to the first
+    assert [[g.count for g in part] for part in parts] == [[8, 1, 2], [7, 6]]
+    assert len(_equal_work(groups[:1], 3)) == 1
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
