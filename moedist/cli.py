@@ -124,6 +124,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _train(args: argparse.Namespace) -> None:
     if args.config is None and args.resume in (None, "newest"):
         raise ConfigError("no configuration given; try: moedist train configs/quickstart.yaml")
+    if args.check and args.config is None:
+        raise ConfigError("--check needs a configuration file")
     if args.check:
         from moedist.config import check_config, load_config
         from moedist.placement import plan_from_config

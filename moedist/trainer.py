@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from pathlib import Path
 from typing import Any, Sequence
@@ -58,8 +59,9 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
                 run.progress.phase, run.progress.phase_step = i + 1, 0
             _finish(run)
         except Stopped:
+            ranks = f"{program('torchrun')} --nproc-per-node {world.size} -m moedist" if world.size > 1 else program()
             run.recorder.say(f"stopped by a signal after step {run.progress.step}; go on with: "
-                             f"moedist train --resume {run.folder}")
+                             f"{ranks} train --resume {run.folder}")
         finally:
             run.recorder.close()
         return run.folder
@@ -182,5 +184,13 @@ def _finish(run: Run) -> None:
         evaluate(run)
     result = run.held_out
     run.recorder.say(f"done: {run.progress.step} steps, validation loss {result.loss:.4f}, perplexity "
-                     f"{result.perplexity:.2f} per token\nrun folder {run.folder}\nnext: moedist generate {run.folder} "
-                     f"--prompt \"def \"   or   moedist evaluate {run.folder}")
+                     f"{result.perplexity:.2f} per token\nrun folder {run.folder}\nnext: {program()} generate {run.folder} "
+                     f"--prompt \"def \"   or   {program()} evaluate {run.folder}")
+
+
+def program(name: str = "moedist") -> str:
+    """How the user starts a program of this Python's environment from here, active or not."""
+    beside = Path(sys.executable).with_name(name)
+    if not beside.exists():
+        return name
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)

@@ -2,8 +2,8 @@
 
 Autograd over a loop of `w[e]` writes a full-size gradient per expert, and one small GEMM split over all threads wastes most
 of them. Here each GEMM writes its slice of preallocated results; neighbouring small experts form a group whose activation
-is one call on values that are still in cache; and on a CPU each thread has groups of its own, so that threads never wait
-for each other inside a GEMM.
+is one call on values that are still in cache; and on a CPU each thread takes the next group when it is done with one, so
+that threads never wait for each other inside a GEMM, and a slower core takes fewer.
 
 All experts of a rank are stored neuron by neuron, one after another, so their widths may differ:
     w_in  [g * sum(F), D]: of each expert its F gate rows, then its F up rows (swiglu, g = 2), or its F rows (gelu, g = 1)
@@ -14,9 +14,10 @@ R rows sorted by expert, D model width, F hidden width of an expert, n rows of o
 from __future__ import annotations
 
 import functools
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 
@@ -25,7 +26,7 @@ aten = torch.ops.aten
 
 
 GROUP_VALUES = 2**17  # activations of one group: half a megabyte in float32, a part of a core's cache
-GROUPS_PER_THREAD = 4  # enough to even out the threads
+GROUPS_PER_THREAD = 8  # enough to even out the threads
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,13 @@ class _GroupedFFN(torch.autograd.Function):
         values = sum(c * w for c, w in zip(counts, widths))
         limit = min(GROUP_VALUES, values // (GROUPS_PER_THREAD * torch.get_num_threads()))
         groups = make_groups(counts, widths, ACTIVATIONS[activation], limit)
+        largest = max((group.values for group in groups), default=0)
         hidden, y = x.new_empty(values * ACTIVATIONS[activation]), torch.empty_like(x)
         x, w_in, w_out = x.detach(), w_in.detach(), w_out.detach()
 
-        def run(part: list[Group]) -> None:
-            scratch = x.new_empty(max(group.values for group in part))
-            for group in part:
+        def run(queue: Iterator[Group]) -> None:
+            scratch = x.new_empty(largest)
+            for group in queue:
                 h, a = hidden[group.hidden].view(group.count, -1), scratch[:group.values].view(group.count, -1)
                 for e in group.experts:
                     torch.mm(x[e.rows], w_in[e.w_in].t(), out=h[e.in_group])
@@ -124,14 +126,15 @@ class _GroupedFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple:
         x, w_in, w_out, hidden = ctx.saved_tensors
+        largest = max((group.values for group in ctx.groups), default=0)
         dy = dy.contiguous()  # a sum's gradient arrives expanded
         grad_x = torch.empty_like(x)
         covered = sum(len(g.experts) * g.width for g in ctx.groups) == len(w_out)  # no expert without rows: all is written
         grad_in, grad_out = ((torch.empty_like if covered else torch.zeros_like)(w) for w in (w_in, w_out))
 
-        def run(part: list[Group]) -> None:
-            scratch = x.new_empty(2 + ACTIVATIONS[ctx.activation], max(group.values for group in part))
-            for group in part:
+        def run(queue: Iterator[Group]) -> None:
+            scratch = x.new_empty(2 + ACTIVATIONS[ctx.activation], largest)
+            for group in queue:
                 h = hidden[group.hidden].view(group.count, -1)
                 a, grad_a = (buffer[:group.values].view(group.count, -1) for buffer in scratch[:2])
                 grad_h = scratch[2:].flatten()[:h.numel()].view_as(h)
@@ -172,34 +175,39 @@ def _activate_backward(h: torch.Tensor, a: torch.Tensor, grad_a: torch.Tensor, g
         aten.gelu_backward.grad_input(grad_a, h, approximate="tanh", grad_input=grad_h)
 
 
-def _in_threads(run: Callable[[list[Group]], None], groups: list[Group], device: torch.device) -> None:
-    """Call `run` for all groups, on a CPU in one part of about equal work per thread."""
+def _in_threads(run: Callable[[Iterator[Group]], None], groups: list[Group], device: torch.device) -> None:
+    """Call `run` with all groups, on a CPU in every thread with a queue that they share, largest first.
+
+    Results do not depend on who takes which group: each writes slices of its own.
+    """
     threads = torch.get_num_threads()
-    if not groups:
-        return
     if device.type != "cpu" or threads == 1 or len(groups) < 2 * threads:
         with torch.no_grad():
-            run(groups)
+            run(iter(groups))
         return
-    futures = [_pool(threads).submit(_without_grad, run, part) for part in _equal_work(groups, threads)]
+    queue = _SharedQueue(sorted(groups, key=lambda group: -group.values))
+    futures = [_pool(threads).submit(_without_grad, run, queue) for _ in range(threads)]
     for future in futures:
         future.result()
 
 
-def _without_grad(run: Callable[[list[Group]], None], part: list[Group]) -> None:
+class _SharedQueue:
+    """An iterator that several threads may draw from: taking from a deque is atomic."""
+
+    def __init__(self, groups: list[Group]):
+        self._groups = deque(groups)
+
+    def __iter__(self) -> Iterator[Group]:
+        while True:
+            try:
+                yield self._groups.popleft()
+            except IndexError:
+                return
+
+
+def _without_grad(run: Callable[[Iterator[Group]], None], queue: _SharedQueue) -> None:
     with torch.no_grad():  # grad mode is a property of the thread
-        run(part)
-
-
-def _equal_work(groups: list[Group], parts: int) -> list[list[Group]]:
-    """Groups in parts of about equal work, longest first to the least busy (Graham 1969, LPT), in order within a part."""
-    found: list[list[Group]] = [[] for _ in range(parts)]
-    work = [0] * parts
-    for group in sorted(groups, key=lambda g: -g.values):
-        least = work.index(min(work))
-        found[least].append(group)
-        work[least] += group.values
-    return [sorted(part, key=lambda g: g.hidden.start) for part in found if part]
+        run(iter(queue))
 
 
 @functools.cache

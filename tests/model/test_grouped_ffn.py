@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from moedist.model.grouped_ffn import ACTIVATIONS, _equal_work, grouped_ffn, make_groups
+from moedist.model.grouped_ffn import ACTIVATIONS, _in_threads, grouped_ffn, make_groups
 
 D = 6
 
@@ -86,12 +86,22 @@ def test_groups_by_hand():
     assert make_groups([0, 0], [3, 3], 2, 10) == [] == make_groups([], [], 2, 10)
 
 
-def test_threads_get_equal_work():
-    groups = make_groups([8, 1, 7, 2, 0, 6], [3] * 6, gate=2, limit=0)
-    parts = _equal_work(groups, 2)
-    # 8 | 7, then 6 to the second, 2 and 1 to the first
-    assert [[g.count for g in part] for part in parts] == [[8, 1, 2], [7, 6]]
-    assert len(_equal_work(groups[:1], 3)) == 1
+def test_threads_share_the_groups():
+    groups = make_groups(list(range(1, 40)), [3] * 39, gate=2, limit=0)
+    taken = []
+
+    def run(queue):
+        mine = list(queue)
+        taken.append(mine)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        _in_threads(run, groups, torch.device("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert len(taken) == 3
+    assert sorted((g.hidden.start for part in taken for g in part)) == [g.hidden.start for g in groups]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
