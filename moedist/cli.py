@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
         args.handler(args)
+        if (world := sys.modules.get("moedist.world")) and world.find_launch().size > 1:
+            world.leave_process()
     except MoedistError as error:
         if args.debug:
             raise

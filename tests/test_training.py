@@ -100,7 +100,7 @@ def test_resume_on_another_number_of_ranks(tmp_path, cache, uninterrupted):
 
 def test_evaluate_and_generate_do_not_depend_on_the_number_of_ranks(cache, uninterrupted):
     run = str(uninterrupted[0])
-    perplexity = [moedist(n, cache, "evaluate", run, "train.dtype=float64").stdout.strip() for n in (1, 2, 3)]
+    perplexity = [moedist(n, cache, "evaluate", run, "train.dtype=float64", "train.batch=256").stdout.strip() for n in (1, 2, 3)]
     assert len(set(perplexity)) == 1 and "perplexity" in perplexity[0]
     arguments = ["generate", run, "--prompt", "def ", "--prompt", "import", "--prompt", "x", "--max-tokens", "12",
                  "train.dtype=float64"]

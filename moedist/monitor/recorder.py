@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import secrets
 import sys
 import time
 from typing import Any
@@ -64,7 +65,7 @@ class Recorder:
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
         if self._file is not None:
             self._file.close()
 
@@ -94,7 +95,7 @@ def start_wandb(config: Config, run: RunFolder) -> Any:
 
     id_file = run.path / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=mode == "offline")
     started = wandb.init(project=config.monitor.project, group=config.monitor.group, name=run.path.name, mode=mode,
                          id=id_file.read_text(encoding="utf-8").strip(), resume="allow", dir=str(run.path),
