@@ -7,12 +7,12 @@ import os
 import sys
 from typing import Callable, Sequence
 
-from moedist.errors import ConfigError, MoedistError, PlacementError
+from moedist.errors import ConfigError, MoedistError, WorldError
 
 EXAMPLES = {
     "train": """examples:
   torchrun --nproc-per-node 2 -m moedist train configs/quickstart.yaml
-  moedist train configs/quickstart.yaml model.top_k=1 train.lr=3e-4
+  moedist train configs/quickstart.yaml placement.counts=null placement.batch_shares=null   (one rank)
   moedist train --resume runs/quickstart-20260101-120000     (that run)
   moedist train configs/quickstart.yaml --resume             (the newest run of this name)
 """,
@@ -46,9 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("run", help="run folder")
     generate.add_argument("overrides", nargs="*", help="section.key=value")
     generate.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
-    generate.add_argument("--max-tokens", type=int, default=100)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    generate.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest tokens (0: all)")
+    generate.add_argument("--max-tokens", type=_not_negative(int), default=100)
+    generate.add_argument("--temperature", type=_not_negative(float), default=0.8, help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=_not_negative(int), default=50, help="draw among the k likeliest tokens (0: all)")
     generate.add_argument("--seed", type=int, default=0)
 
     bench = commands.add_parser("bench", help="measure moedist against others").add_subparsers(
@@ -60,6 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     layer.add_argument("--rounds", type=int, default=15, help="timed rounds, all implementations in turn")
     layer.add_argument("--json", help="write the figures to this file")
     return parser
+
+
+def _not_negative(kind: type) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if (value := kind(text)) < 0:
+            raise argparse.ArgumentTypeError(f"{text} is below 0")
+        return value
+
+    return parse
 
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, run: Callable, show_keys: bool = False,
@@ -92,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MoedistError as error:
         if args.debug:
             raise
-        _fail(str(error), same_on_all_ranks=isinstance(error, (ConfigError, PlacementError)))
+        _fail(str(error), same_on_all_ranks=not isinstance(error, WorldError))
     except KeyboardInterrupt:
         _fail("interrupted")
     except RuntimeError as error:
@@ -112,7 +121,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     stray = [a for a in rest if a.startswith("-") or "=" not in a]
     if stray or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(stray or rest)} (overrides are written section.key=value)")
     if hasattr(args, "overrides"):
         args.overrides += rest
         for name in ("config", "resume"):  # `train --resume RUN train.lr=1`, `train C --resume train.lr=1`
@@ -125,7 +134,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _train(args: argparse.Namespace) -> None:
     if args.config is None and args.resume in (None, "newest"):
-        raise ConfigError("no configuration given; try: moedist train configs/quickstart.yaml")
+        raise ConfigError("no configuration given; try: moedist train configs/quickstart.yaml, or --resume RUN_FOLDER")
     if args.check and args.config is None:
         raise ConfigError("--check needs a configuration file")
     if args.check:
@@ -133,6 +142,9 @@ def _train(args: argparse.Namespace) -> None:
         from moedist.placement import plan_from_config
         config, ranks = load_config(args.config, args.overrides), args.ranks or _launched_ranks()
         check_config(config, ranks)
+        if config.data.source == "files":
+            from moedist.data import source_splits
+            source_splits(config.data)  # refuses a missing path and a folder without text
         plan = plan_from_config(config, ranks)
         print(f"{args.config} is fine for {ranks} rank(s); plan {plan.sha256[:12]}")
         return
@@ -180,12 +192,10 @@ def _lost_rank(error: RuntimeError) -> str | None:
 
 
 def _fail(text: str, same_on_all_ranks: bool = False) -> None:
-    """Print an error on one line and end with exit code 1; once where every rank meets the same one."""
+    """Print an error on one line and end with exit code 1; once a machine where its ranks meet the same one."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if same_on_all_ranks or size == "1":
-        text = text if rank == "0" else ""
-    else:
-        text = f"rank {rank}: {text}"
-    if text:
-        print(f"moedist: error: {text}", file=sys.stderr, flush=True)
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0" if same_on_all_ranks else True
+    if speaks:
+        prefix = "" if size == "1" or rank == "0" else f"rank {rank}: "
+        print(f"moedist: error: {prefix}{text}", file=sys.stderr, flush=True)
     sys.exit(1)

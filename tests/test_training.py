@@ -157,6 +157,30 @@ def test_bad_input_is_one_line_with_the_way_out(tmp_path, cache, name):
     assert not list(tmp_path.iterdir()), "a refused run leaves nothing behind"
 
 
+@pytest.mark.parametrize("arguments, words", [
+    (["train", "configs/quickstart.yaml", "--debug", "train.batch"], "section.key=value"),
+    (["generate", "runs/x", "--prompt", "x", "--temperature", "-1"], "-1 is below 0"),
+])
+def test_wrong_usage(cache, arguments, words):
+    done = moedist(1, cache, *arguments, ok=False)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_check_refuses_before_ranks_start(cache):
+    check = ["train", *QUICKSTART, "--check", "--ranks", "2"]
+    assert "fine for 2 rank(s)" in moedist(1, cache, *check).stdout
+    done = moedist(1, cache, *check, "data.source=files", "data.path=/no/such/folder", ok=False)
+    assert "/no/such/folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_wandb_online_without_a_key_is_one_line(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    done = moedist(1, cache, "train", *QUICKSTART, f"folder={tmp_path}/runs", "phases=[{train: 1}]", "placement.counts=null",
+                   "placement.batch_shares=null", "monitor.wandb=online", ok=False)
+    assert "monitor.wandb=offline" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_debug_shows_the_stack_trace(cache):
     assert "Traceback" in moedist(1, cache, "train", "configs/none.yaml", "--debug", ok=False).stderr
 

@@ -50,8 +50,8 @@ def config_from_dict(tree: dict[str, Any], overrides: Iterable[str] = (), origin
                           f"{nearest_key(full)!r}? (moedist train --help lists all keys)") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         where = getattr(error, "full_key", None)
-        raise ConfigError(f"bad value for {where!r} in {origin} or its overrides: "
-                          f"{str(error).splitlines()[0]}") from error
+        what = f"value for {where!r}" if where else f"YAML in an override ({' '.join(overrides)})"
+        raise ConfigError(f"bad {what} in {origin} or its overrides: {str(error).splitlines()[0]}") from error
 
 
 def nearest_key(unknown: str) -> str:

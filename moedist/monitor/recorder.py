@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from moedist.checkpoint import RunFolder
 from moedist.config import Config, MonitorConfig
+from moedist.errors import ConfigError
 from moedist.monitor.metrics import METRICS
 
 
@@ -97,8 +98,12 @@ def start_wandb(config: Config, run: RunFolder) -> Any:
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=mode == "offline")
-    started = wandb.init(project=config.monitor.project, group=config.monitor.group, name=run.path.name, mode=mode,
-                         id=id_file.read_text(encoding="utf-8").strip(), resume="allow", dir=str(run.path),
-                         config=dataclasses.asdict(config), settings=settings)
+    try:
+        started = wandb.init(project=config.monitor.project, group=config.monitor.group, name=run.path.name, mode=mode,
+                             id=id_file.read_text(encoding="utf-8").strip(), resume="allow", dir=str(run.path),
+                             config=dataclasses.asdict(config), settings=settings)
+    except wandb.Error as error:
+        raise ConfigError(f"Weights & Biases cannot start ({mode}): {' '.join(str(error).split())[:200]}; set "
+                          "monitor.wandb=offline or monitor.wandb=disabled") from error
     started.define_metric("*", step_metric="train/tokens")
     return started

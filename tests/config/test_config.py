@@ -35,7 +35,8 @@ def test_unknown_key_names_the_nearest(override, nearest):
     assert nearest in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("override", ["train.lr=fast", "model.layers=1.5", "model.tie_embeddings=3.5", "nonsense"])
+@pytest.mark.parametrize("override", ["train.lr=fast", "model.layers=1.5", "model.tie_embeddings=3.5", "nonsense",
+                                      "phases=[{train: 20"])
 def test_bad_value_is_one_line(override):
     with pytest.raises(ConfigError) as error:
         config_from_dict({}, [override])
