@@ -100,6 +100,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Ask glibc to give free blocks back to the system after all, such as before a measurement."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def leave_process() -> None:
     """End this rank with exit code 0, once all is closed and written, without C++'s clean-up.
 

@@ -8,29 +8,34 @@ from typing import Callable, Mapping
 
 import torch
 
+from moedist.world import return_freed_memory
 
-SLOW_FACTOR, SLOW_ROUNDS = 10, 3
+
+SLOW_FACTOR, SLOW_ROUNDS = 4, 3
 
 
 def interleaved_medians(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2,
                         device: torch.device = torch.device("cpu")) -> dict[str, float]:
     """Median seconds of every function over `rounds` rounds; each round calls all of them once, in rotating order.
 
-    One that is 10 times slower than the fastest takes part in the first 3 rounds only: it decides nothing, and would take
-    most of the time and all of the cache.
+    One that is 4 times slower than the fastest is timed three times before the rounds and takes no part in them: it
+    decides nothing, and would take most of the time and leave a heap of gigabytes to those after it.
     """
-    names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    def timed(name: str) -> float:
+        start = time.perf_counter()
+        runs[name]()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
+
+    first = {name: min(timed(name) for _ in range(2)) for name in runs}
+    names = [name for name in runs if first[name] <= SLOW_FACTOR * min(first.values())]
+    seconds = {name: [timed(name) for _ in range(SLOW_ROUNDS)] for name in runs if name not in names}
+    return_freed_memory()
     for i in range(warmup + rounds):
-        if i == warmup + SLOW_ROUNDS:
-            fastest = min(statistics.median(seconds[name]) for name in names)
-            names = [name for name in names if statistics.median(seconds[name]) <= SLOW_FACTOR * fastest]
         shift = i % len(names)  # no one always runs after the same neighbour
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            runs[name]()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
+            value = timed(name)
             if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds.setdefault(name, []).append(value)
+    return {name: statistics.median(seconds[name]) for name in runs}

@@ -1,6 +1,7 @@
 """The layer bench runs, compares the same function, and writes its figures."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -30,10 +31,18 @@ def test_a_peer_that_computes_something_else_is_refused():
         _check_agreement(runs, torch.float32)
 
 
-def test_interleaving_calls_everything_in_turn():
+def test_interleaving_calls_everything_in_turn_and_the_slow_apart():
     calls = []
-    medians = interleaved_medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
-    assert calls == ["a", "b", "b", "a", "a", "b", "b", "a"] and set(medians) == {"a", "b"}
+
+    def run(name, seconds):
+        def call():
+            calls.append(name)
+            time.sleep(seconds)
+        return call
+
+    medians = interleaved_medians({"a": run("a", 0.002), "slow": run("slow", 0.2), "b": run("b", 0.002)}, rounds=3, warmup=1)
+    assert calls == ["a", "a", "slow", "slow", "b", "b"] + ["slow"] * 3 + ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert list(medians) == ["a", "slow", "b"] and medians["slow"] >= 0.2
 
 
 @pytest.mark.gpu
