@@ -70,12 +70,8 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
 def _find_config(path: str | None, overrides: list[str], resume: str | None) -> tuple[Config, RunFolder | None]:
     if resume is None:
         return load_config(path or "", overrides), None
-    if resume == "newest":
-        config = load_config(path or "", overrides)
-        folder = find_run(config.folder, config.name)
-    else:
-        folder = RunFolder(resume)
-    config = load_config(path, overrides) if path else folder.config(overrides)
+    config = load_config(path, overrides) if path else RunFolder(resume).config(overrides)
+    folder = find_run(config.folder, config.name) if resume == "newest" else RunFolder(resume)
     refuse_other_model(folder.config(), config, folder)
     return config, folder
 
