@@ -115,7 +115,7 @@ def _build(config: Config, world: World, folder: RunFolder | None, plan: Plan, c
     train_stream = TrainStream(corpus.train, config.data.sequence_length, config.seed)
     valid_stream = EvalStream(corpus.valid, config.data.sequence_length, config.train.eval_tokens)
     model = Transformer(config, corpus.tokenizer.vocab_size, plan, build_transport(world), world.device,
-                        weight_dtype(config))
+                        weight_dtype(config), world.meter)
     engine = TorchEngine(model, config.train, world)
     progress = Progress()
     if checkpoint and meta:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from moedist.config import WorldConfig
 from moedist.errors import WorldError
+from moedist.timing import Meter, Throttle
 
 NATIVE_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 
@@ -128,6 +129,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: Any = None  # gloo group; None in a world of one
     native: Any = None  # nccl/xccl group where all ranks share one vendor, else None
+    islands: tuple[int, ...] = (0,)  # island of every rank: ranks that share a native collective library
+    meter: Meter = field(default_factory=Meter)
 
     @classmethod
     def start(cls, config: WorldConfig = WorldConfig()) -> "World":
@@ -142,9 +145,13 @@ class World:
             keep_freed_memory()
         else:
             torch.accelerator.set_device_index(device.index or 0)
-        world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device)
+        slowdown = {step: factors[launch.rank] for step, factors in (config.slowdown or {}).items()}
+        world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device,
+                    meter=Meter(Throttle(slowdown, device), device))
         if launch.size > 1:
             world._connect(config.timeout_s)
+        if config.islands is not None:
+            world.islands = tuple(config.islands)
         return world
 
     def _connect(self, timeout_s: float) -> None:
@@ -159,6 +166,8 @@ class World:
                              f"s ({str(error).splitlines()[0]}); check MASTER_ADDR and the network") from error
         self.control = dist.group.WORLD
         vendors = self.gather_objects((vendor_of(self.device), self.device.type, platform.node(), self.device.index))
+        names = list(dict.fromkeys(v[0] for v in vendors))
+        self.islands = tuple(names.index(v[0]) for v in vendors)
         one_vendor = len({v[:2] for v in vendors}) == 1
         own_device_each = len(set(v[2:] for v in vendors)) == self.size  # NCCL refuses two ranks on one GPU
         backend = NATIVE_BACKENDS.get(self.device.type)
@@ -186,14 +195,16 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier(group=self.control)
+            with self.meter.waiting():
+                dist.barrier(group=self.control)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of every rank, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        with self.meter.waiting():
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
@@ -201,7 +212,8 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        with self.meter.waiting():
+            dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
@@ -209,12 +221,8 @@ class World:
         if self.size == 1:
             return tensor
         reduce_op = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
-        if tensor.device.type == "cpu":
-            dist.all_reduce(tensor, reduce_op, group=self.control)
-        elif self.native is not None:
-            dist.all_reduce(tensor, reduce_op, group=self.native)
-        else:
-            host = tensor.cpu()
-            dist.all_reduce(host, reduce_op, group=self.control)
-            tensor.copy_(host)
-        return tensor
+        native = tensor.device.type != "cpu" and self.native is not None
+        moved = tensor if native else tensor.cpu()  # before the wait: it drains the accelerator's queue
+        with self.meter.waiting():
+            dist.all_reduce(moved, reduce_op, group=self.native if native else self.control)
+        return tensor if moved is tensor else tensor.copy_(moved)

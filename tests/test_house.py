@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "moedist"
-ROOMS = ["__main__", "cli", "bench", "trainer", "evaluate", "generate", "phases", "monitor", "checkpoint", "engine", "data",
-         "model", "dispatch", "routing", "placement", "world", "config", "errors"]  # top to bottom
+ROOMS = ["__main__", "cli", "bench", "trainer", "evaluate", "generate", "phases", "coordinator", "monitor",
+         "checkpoint", "engine", "data", "model", "dispatch", "routing", "placement", "world", "timing", "config", "errors"]  # top to bottom
 PURE = ["routing", "placement"]  # no process groups, no files
 
 

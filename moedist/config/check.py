@@ -12,15 +12,18 @@ CHOICES = {
     "router.name": ROUTERS,
     "train.dtype": ("float32", "bfloat16", "float16", "float64"),
     "train.schedule": ("cosine", "linear", "constant"),
+    "placement.planner": ("measured", "equal"),
     "engine.name": ("torch",),
     "monitor.wandb": ("auto", "online", "offline", "disabled"),
 }
 POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
             "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
-            "train.accumulate", "train.lr", "world.timeout_s", "monitor.log_every", "checkpoint.keep")
+            "train.accumulate", "train.lr", "world.timeout_s", "monitor.log_every", "checkpoint.keep",
+            "placement.probe_s")
 NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
                 "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",
-                "train.clip", "train.eval_every", "checkpoint.every", "model.init_std")
+                "train.clip", "train.eval_every", "checkpoint.every", "model.init_std", "placement.max_copies",
+                "placement.hot_copies", "placement.replan_every", "placement.tolerance")
 FRACTIONS = ("data.valid_fraction", "model.dropout", "train.beta1", "train.beta2")  # [0, 1)
 
 
@@ -37,9 +40,28 @@ def check_config(config: Config, world_size: int) -> None:
     if t.batch % t.accumulate:
         raise ConfigError(f"train.batch ({t.batch} sequences) must be a multiple of train.accumulate ({t.accumulate}); "
                           f"set train.batch={t.batch + t.accumulate - t.batch % t.accumulate}")
+    _check_ranks(config, world_size)
+
+
+def _check_ranks(config: Config, world_size: int) -> None:
+    """Whatever is listed per rank has one entry per rank."""
     devices = config.world.device.split(",")
     if len(devices) > 1 and len(devices) != world_size:
         raise ConfigError(f"world.device lists {len(devices)} devices for {world_size} ranks; give one, or one per rank")
+    for name in ("world.islands", "placement.speeds", "placement.dense_speeds", "placement.max_experts",
+                 "placement.max_batch"):
+        value = _get(config, name)
+        if value is not None and len(value) != world_size:
+            raise ConfigError(f"{name} has {len(value)} entries for {world_size} ranks; give one per rank")
+        if value is not None and min(value) < 0:
+            raise ConfigError(f"{name} is {value}; all must be 0 or more")
+    for name in ("placement.speeds", "placement.dense_speeds"):
+        if (value := _get(config, name)) is not None and max(value) <= 0:
+            raise ConfigError(f"{name} is {value}; one of them must be above 0")
+    for step, factors in (config.world.slowdown or {}).items():
+        if step < 0 or len(factors) != world_size or min(factors) < 1:
+            raise ConfigError(f"world.slowdown has {factors} from step {step} on; give {world_size} factors, one per rank, of "
+                              "1 (not slowed) or more, from step 0 or later")
 
 
 def _check_values(config: Config) -> None:

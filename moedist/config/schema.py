@@ -24,6 +24,11 @@ class WorldConfig:
     device: str = key("auto", "auto (the accelerator if there is one), cpu, or a torch device name; a comma-separated "
                               "list gives one per rank (cuda,cpu: rank 0 on a GPU, rank 1 on the CPU)")
     timeout_s: float = key(300.0, "seconds a collective waits for a silent rank before the run ends with an error")
+    islands: Optional[list[int]] = key(None, "island of every rank, such as [0, 0, 1, 1]: ranks that share a collective "
+                                             "library (null: one island a vendor)")
+    slowdown: Optional[dict[int, list[float]]] = key(None, "step -> how many times slower each rank computes from then on, "
+                                                           "such as {0: [4, 8, 16, 32]}: a laptop plays an uneven cluster "
+                                                           "(null: not at all)")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,18 @@ class PlacementConfig:
     owners: Optional[dict[int, list[int]]] = key(None, "rank -> expert ids it owns, in every MoE layer (null: by counts)")
     counts: Optional[list[int]] = key(None, "experts per rank, such as [5, 3] (null: as equal as possible)")
     batch_shares: Optional[list[int]] = key(None, "relative batch per rank, such as [2, 1] (null: equal)")
+    planner: str = key("measured", "where neither owners, counts nor batch_shares are given: measured (ranks are measured, "
+                                   "then get the experts and the batch they can do) or equal")
+    speeds: Optional[list[float]] = key(None, "expert rows per second of every rank, relative; taken instead of measuring")
+    dense_speeds: Optional[list[float]] = key(None, "tokens per second of every rank outside the experts, relative (null: "
+                                                    "as speeds, or measured)")
+    probe_s: float = key(3.0, "seconds that measuring may take at the start of a run")
+    max_experts: Optional[list[int]] = key(None, "most experts of a layer per rank, copies included (null: by free memory)")
+    max_batch: Optional[list[int]] = key(None, "most sequences per rank in one forward pass (null: by free memory)")
+    max_copies: int = key(0, "most copies of experts in a layer; each must save more time than it costs")
+    hot_copies: int = key(0, "so many of the hottest experts of a layer have a copy in every island")
+    replan_every: int = key(100, "steps between re-plans from measured loads and speeds (0: never)")
+    tolerance: float = key(0.03, "a re-plan that saves less than this part of the predicted time is not carried out")
 
 
 @dataclass(frozen=True)

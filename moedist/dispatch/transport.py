@@ -43,18 +43,22 @@ class TorchDistTransport:
 
     def all_gather_counts(self, counts: torch.Tensor) -> torch.Tensor:
         gathered = torch.empty(self.world_size, len(counts), dtype=torch.int64)
-        dist.all_gather(list(gathered), counts.cpu(), group=self.world.control)
+        counts = counts.cpu()
+        with self.world.meter.waiting():
+            dist.all_gather(list(gathered), counts, group=self.world.control)
         return gathered
 
     def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
-        if buffer.device.type == "cpu":
-            dist.all_to_all_single(out, buffer, list(receive), list(send), group=self.world.control)
-        elif self.world.native is not None:
-            dist.all_to_all_single(out, buffer, list(receive), list(send), group=self.world.native)
+        native = buffer.device.type != "cpu" and self.world.native is not None
+        if native or buffer.device.type == "cpu":
+            sent, received = buffer, out
         else:  # ranks of several kinds: bytes through host memory
-            host = torch.empty(out.shape, dtype=out.dtype)
-            dist.all_to_all_single(host, buffer.cpu(), list(receive), list(send), group=self.world.control)
-            out.copy_(host)
+            sent, received = buffer.cpu(), torch.empty(out.shape, dtype=out.dtype)
+        with self.world.meter.waiting():
+            dist.all_to_all_single(received, sent, list(receive), list(send),
+                                   group=self.world.native if native else self.world.control)
+        if received is not out:
+            out.copy_(received)
 
 
 def build_transport(world: World) -> Transport:

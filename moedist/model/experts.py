@@ -6,7 +6,8 @@ optimizer of their own. Their global names, `layers.3.experts.17.w1`, hold whate
 
 from __future__ import annotations
 
-from typing import Sequence
+from contextlib import nullcontext
+from typing import Callable, ContextManager, Sequence
 
 import torch
 from torch import nn
@@ -34,10 +35,11 @@ class ExpertBank(nn.Module):
         self.w_in = nn.Parameter(torch.empty(ACTIVATIONS[activation] * neurons, width, device=device, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(neurons, width, device=device, dtype=dtype))
 
-    def forward(self, rows_RD: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    def forward(self, rows_RD: torch.Tensor, counts: Sequence[int],
+                timed: Callable[[], ContextManager] = nullcontext) -> torch.Tensor:
         """[R, D]: rows sorted by expert, `counts[i]` of them for `expert_ids[i]`, through their experts."""
         dtype = rows_RD.dtype
-        return grouped_ffn(rows_RD, self.w_in.to(dtype), self.w_out.to(dtype), counts, self.widths, self.activation)
+        return grouped_ffn(rows_RD, self.w_in.to(dtype), self.w_out.to(dtype), counts, self.widths, self.activation, timed)
 
     @property
     def flops_per_row(self) -> list[int]:

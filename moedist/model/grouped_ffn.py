@@ -17,7 +17,8 @@ import functools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, Iterator, Sequence
 
 import torch
 
@@ -82,7 +83,8 @@ def make_groups(counts: Sequence[int], widths: Sequence[int], gate: int, limit: 
 
 
 def grouped_ffn(rows_RD: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, counts: Sequence[int],
-                widths: Sequence[int], activation: str) -> torch.Tensor:
+                widths: Sequence[int], activation: str,
+                timed: Callable[[], ContextManager] = nullcontext) -> torch.Tensor:
     """[R, D]: every row through its expert's feed-forward.
 
     Args:
@@ -90,17 +92,18 @@ def grouped_ffn(rows_RD: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, 
         counts: rows of each expert, summing to R; zeros allowed.
         widths: hidden neurons of each expert.
         activation: swiglu, down(silu(gate x) * up x), or gelu (tanh form), down(gelu(up x)).
+        timed: makes a context that the computation runs in, forward and again backward.
 
     Experts without rows get zero gradients, never None.
     """
     assert sum(counts) == len(rows_RD), f"counts sum to {sum(counts)} for {len(rows_RD)} rows"
-    return _GroupedFFN.apply(rows_RD, w_in, w_out, list(counts), list(widths), activation)
+    return _GroupedFFN.apply(rows_RD, w_in, w_out, list(counts), list(widths), activation, timed)
 
 
 class _GroupedFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, counts: list[int],
-                widths: list[int], activation: str) -> torch.Tensor:
+                widths: list[int], activation: str, timed: Callable[[], ContextManager]) -> torch.Tensor:
         values = sum(c * w for c, w in zip(counts, widths))
         limit = min(GROUP_VALUES, values // (GROUPS_PER_THREAD * torch.get_num_threads()))
         groups = make_groups(counts, widths, ACTIVATIONS[activation], limit)
@@ -118,9 +121,10 @@ class _GroupedFFN(torch.autograd.Function):
                 for e in group.experts:
                     torch.mm(a[e.in_group], w_out[e.w_out], out=y[e.rows])
 
-        _in_threads(run, groups, x.device)
+        with timed():
+            _in_threads(run, groups, x.device)
         ctx.save_for_backward(x, w_in, w_out, hidden)
-        ctx.groups, ctx.activation = groups, activation
+        ctx.groups, ctx.activation, ctx.timed = groups, activation, timed
         return y
 
     @staticmethod
@@ -147,8 +151,9 @@ class _GroupedFFN(torch.autograd.Function):
                     torch.mm(grad_h_e, w_in[e.w_in], out=grad_x[e.rows])
                     torch.mm(grad_h_e.t(), x[e.rows], out=grad_in[e.w_in])
 
-        _in_threads(run, ctx.groups, x.device)
-        return grad_x, grad_in, grad_out, None, None, None
+        with ctx.timed():
+            _in_threads(run, ctx.groups, x.device)
+        return grad_x, grad_in, grad_out, None, None, None, None
 
 
 def _activate(h: torch.Tensor, out: torch.Tensor, activation: str) -> None:

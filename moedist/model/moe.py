@@ -5,6 +5,8 @@ G sequences of S tokens on this rank, T = G*S, D width, E experts.
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from moedist.dispatch import Dispatcher
 from moedist.model.experts import ExpertBank
 from moedist.model.feed_forward import FeedForward
 from moedist.routing import Router, RouterInput, balance_loss_sum
+from moedist.timing import Meter
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,16 @@ class MoELayer(nn.Module):
     replicated.
     """
 
-    def __init__(self, router: Router, bank: ExpertBank, dispatcher: Dispatcher, shared: FeedForward | None = None):
+    def __init__(self, router: Router, bank: ExpertBank, dispatcher: Dispatcher, shared: FeedForward | None = None,
+                 meter: Meter | None = None):
         super().__init__()
-        self.router, self.shared, self.dispatcher = router, shared, dispatcher
+        self.router, self.shared, self.meter = router, shared, meter
+        self.place(bank, dispatcher)
+
+    def place(self, bank: ExpertBank, dispatcher: Dispatcher) -> None:
+        """Take other experts, and the dispatcher that knows where all are."""
         self._bank = (bank,)  # a tuple hides it from nn.Module
+        self.dispatcher = dispatcher
 
     @property
     def bank(self) -> ExpertBank:
@@ -56,7 +65,8 @@ class MoELayer(nn.Module):
         source = x_GSD if routed.mix_in is None else routed.mix_in.to(x_GSD.dtype) @ x_GSD
         rows, meta = self.dispatcher.dispatch(source.flatten(0, 1), routed.token_ids_N, routed.expert_ids_N,
                                               extra=routed.demand_E)
-        rows = self.bank(rows, meta.expert_counts_L)
+        timed = functools.partial(self.meter.expert, self.bank.layer) if self.meter and self.training else nullcontext
+        rows = self.bank(rows, meta.expert_counts_L, timed)
         y = self.dispatcher.combine(rows, routed.weights_N, meta).view_as(source)
         if routed.mix_out is not None:
             y = routed.mix_out.to(y.dtype) @ y

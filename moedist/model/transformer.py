@@ -21,6 +21,7 @@ from moedist.model.initialise import fill_normal
 from moedist.model.moe import LayerReport, MoELayer
 from moedist.placement import Plan
 from moedist.routing import RouterInput, build_router, mix_seeds
+from moedist.timing import Meter
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, config: Config, vocab: int, plan: Plan, transport: Transport, device: torch.device,
-                 dtype: torch.dtype):
+                 dtype: torch.dtype, meter: Meter | None = None):
         super().__init__()
         m = self.m = config.model
         self.banks: dict[int, ExpertBank] = _Hidden()
@@ -117,7 +118,7 @@ class Transformer(nn.Module):
                 router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
                 shared = FeedForward(m.width, m.expert_hidden * m.shared_experts, m.activation) \
                     if m.shared_experts else None
-                ffn: nn.Module = MoELayer(router, bank, Dispatcher(layout, transport, device), shared)
+                ffn: nn.Module = MoELayer(router, bank, Dispatcher(layout, transport, device), shared, meter)
             else:
                 ffn = FeedForward(m.width, m.ffn_hidden, m.activation)
             blocks.append(Block(m, ffn))

@@ -1,0 +1,59 @@
+"""What the planner is asked: the rows of every expert of one layer, and what every rank can do and hold.
+
+E experts, W ranks. All-to-all is a barrier in every layer, so layers are planned one by one: each is a problem of its own,
+and what counts is the makespan, the largest load over speed of any rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moedist.errors import PlacementError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer to place.
+
+    Attributes:
+        loads: rows of every expert in one step, [E], 0 or more. Experts that cost less per row (compressed ones) are
+            given with fewer rows: what counts is the work.
+        speeds: rows per second of every rank, [W]; a rank with 0 takes no experts.
+        slots: most experts of this layer that each rank may hold, copies included, [W]; None: no limit.
+        islands: the island of every rank, [W]; None: all are in one.
+        max_copies: most placements over the E that every layer needs.
+        copy_cost_s: seconds that one more copy adds to every step (its gradients and weights travel); a copy must save
+            more makespan than that.
+        hot_copies: the so many hottest experts have a copy in every island, whatever it costs.
+    """
+
+    loads: tuple[float, ...]
+    speeds: tuple[float, ...]
+    slots: tuple[int, ...] | None = None
+    islands: tuple[int, ...] | None = None
+    max_copies: int = 0
+    copy_cost_s: float = 0.0
+    hot_copies: int = 0
+
+    def __post_init__(self) -> None:
+        experts, ranks = len(self.loads), len(self.speeds)
+        if not experts or not ranks:
+            raise PlacementError(f"{experts} experts cannot be placed on {ranks} ranks; there must be one of each")
+        if min(self.loads) < 0 or min(self.speeds) < 0 or max(self.speeds) <= 0:
+            raise PlacementError(f"loads (least {min(self.loads):g}) and speeds (least {min(self.speeds):g}, largest "
+                                 f"{max(self.speeds):g}) must be 0 or more, and one speed above 0")
+        for name in ("slots", "islands"):
+            value = getattr(self, name)
+            if value is not None and len(value) != ranks:
+                raise PlacementError(f"{len(value)} {name} for {ranks} ranks; give one per rank")
+        room = sum(self.capacity)
+        if room < experts:
+            raise PlacementError(f"{experts} experts a layer do not fit: the ranks can hold {list(self.capacity)}, {room} in "
+                                 "all; add ranks, compress the experts, or raise placement.max_experts")
+
+    @property
+    def capacity(self) -> tuple[int, ...]:
+        """Most experts per rank: its slots, E at most, none where the speed is 0."""
+        experts = len(self.loads)
+        slots = self.slots if self.slots is not None else (experts,) * len(self.speeds)
+        return tuple(min(experts, max(0, s)) if v > 0 else 0 for s, v in zip(slots, self.speeds))

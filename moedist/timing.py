@@ -1,0 +1,121 @@
+"""How long this rank computes and waits in a step, and a declared slow-down that lets equal ranks play unequal ones.
+
+Wall time hides stragglers: all ranks leave a collective together, and the slow one has waited least. So the time inside
+collectives is taken out, and expert feed-forwards are timed by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Iterator, Mapping
+
+import torch
+
+LEAST_SLEEP_S = 2e-4  # a shorter sleep costs more than it lasts; what is owed is carried on
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of this rank in one step: in the experts of each layer, and computing outside experts and collectives."""
+
+    expert_s: dict[int, float]
+    dense_s: float
+
+
+class Throttle:
+    """Makes this rank compute `slowdown` times slower, by sleeping in proportion to the compute it measures.
+
+    Between two marks it takes the lesser of wall and processor time as compute: on a machine with more ranks than cores
+    a rank that had to wait for a core has not computed longer. Then it sleeps until `slowdown` times that has passed, so
+    ranks that share cores look as if each had its own, as long as the sleeping leaves enough cores free.
+
+    Args:
+        schedule: step -> slow-down from that step on, 1 or more.
+        device: on an accelerator its queue is drained first.
+    """
+
+    def __init__(self, schedule: Mapping[int, float] | None = None, device: torch.device = torch.device("cpu")):
+        self._schedule, self._device = dict(sorted((schedule or {}).items())), device
+        self._owed = 0.0
+        self.at_step(0)
+
+    def at_step(self, step: int) -> None:
+        """Take the slow-down that the schedule has for this step, and start a new stretch of compute."""
+        self.slowdown = 1.0
+        for first, slowdown in self._schedule.items():
+            if first <= step:
+                self.slowdown = slowdown
+        self.mark()
+
+    def mark(self) -> None:
+        """A stretch of compute starts here."""
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def catch_up(self) -> None:
+        """A stretch of compute ends here: sleep what the slow-down asks for, then start the next."""
+        if self.slowdown > 1:
+            if self._device.type != "cpu":
+                torch.accelerator.synchronize(self._device)
+            wall = time.perf_counter() - self._wall
+            compute = wall if self._device.type != "cpu" else min(wall, time.process_time() - self._cpu)
+            self._owed += max(0.0, self.slowdown * compute - wall)
+            if self._owed > LEAST_SLEEP_S:
+                start = time.perf_counter()
+                time.sleep(self._owed)
+                self._owed -= time.perf_counter() - start  # sleeps are too long: the rest is given back
+        self.mark()
+
+
+class Meter:
+    """Times of the current step on this rank. Collectives run inside `waiting`, expert feed-forwards inside `expert`."""
+
+    def __init__(self, throttle: Throttle | None = None, device: torch.device = torch.device("cpu")):
+        self.throttle, self._device = throttle or Throttle(device=device), device
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """A step starts: forget the one before."""
+        self._expert_s: defaultdict[int, float] = defaultdict(float)
+        self._events: list[tuple[int, torch.Event, torch.Event]] = []
+        self._waiting_s = 0.0
+        self.throttle.at_step(step)
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a collective: its time is not this rank's compute."""
+        self.throttle.catch_up()
+        start = time.perf_counter()
+        yield
+        self._waiting_s += time.perf_counter() - start
+        self.throttle.mark()
+
+    @contextlib.contextmanager
+    def expert(self, layer: int) -> Iterator[None]:
+        """Around a layer's expert feed-forward, or its gradient. On an accelerator by events, without a sync."""
+        self.throttle.catch_up()  # what came before is not the experts'
+        if self._device.type == "cpu" or self.throttle.slowdown > 1:
+            start = time.perf_counter()
+            yield
+            self.throttle.catch_up()
+            self._expert_s[layer] += time.perf_counter() - start
+        else:
+            begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((layer, begin, end))
+
+    def take(self) -> StepTimes:
+        """The times since `begin`; on an accelerator this waits for its queue."""
+        self.throttle.catch_up()
+        if self._events:
+            self._events[-1][2].synchronize()
+            for layer, begin, end in self._events:
+                self._expert_s[layer] += begin.elapsed_time(end) / 1e3
+            self._events.clear()
+        busy = time.perf_counter() - self._start - self._waiting_s
+        return StepTimes(dict(self._expert_s), max(0.0, busy - sum(self._expert_s.values())))
