@@ -1,7 +1,15 @@
 """Which rank owns which experts and how much of the batch: plain data and pure functions, no torch, no processes."""
 
+from moedist.placement.batch import plan_batch
+from moedist.placement.cost import bound, makespan, rank_loads
 from moedist.placement.from_config import plan_from_config
 from moedist.placement.plan import LayerPlan, Plan
+from moedist.placement.problem import Problem
+from moedist.placement.replan import Replan, replan_layer
 from moedist.placement.shares import equal_counts, split_batch
+from moedist.placement.solve import equal_layer, lpt_layer, plan_layer, proportional_layer
+from moedist.placement.token_shares import best_shares
 
-__all__ = ["LayerPlan", "Plan", "equal_counts", "plan_from_config", "split_batch"]
+__all__ = ["LayerPlan", "Plan", "Problem", "Replan", "best_shares", "bound", "equal_counts", "equal_layer", "lpt_layer",
+           "makespan", "plan_batch", "plan_from_config", "plan_layer", "proportional_layer", "rank_loads", "replan_layer",
+           "split_batch"]

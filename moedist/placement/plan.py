@@ -35,16 +35,15 @@ class LayerPlan:
     def experts(self) -> int:
         return len(self.owners)
 
-    def owner_of_expert(self) -> list[int]:
-        """The one owner of every expert.
-
-        Raises:
-            PlacementError: an expert has copies.
-        """
-        for e, ranks in enumerate(self.owners):
-            if len(ranks) != 1:
-                raise PlacementError(f"expert {e} is placed on ranks {list(ranks)}; dispatch needs exactly one owner")
+    @property
+    def primaries(self) -> list[int]:
+        """For every expert, the rank that keeps its optimizer state: its first owner."""
         return [ranks[0] for ranks in self.owners]
+
+    @property
+    def copies(self) -> int:
+        """Placements over one per expert."""
+        return sum(len(ranks) - 1 for ranks in self.owners)
 
     def experts_of_rank(self, rank: int) -> list[int]:
         """Expert ids that a rank holds, ascending."""

@@ -7,6 +7,7 @@ and what counts is the makespan, the largest load over speed of any rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from moedist.errors import PlacementError
 
@@ -51,7 +52,20 @@ class Problem:
             raise PlacementError(f"{experts} experts a layer do not fit: the ranks can hold {list(self.capacity)}, {room} in "
                                  "all; add ranks, compress the experts, or raise placement.max_experts")
 
+    @cached_property
+    def hottest(self) -> tuple[int, ...]:
+        """The experts that `hot_copies` means, the hottest first; none where there is one island."""
+        if self.islands is None or len(set(self.islands)) == 1:
+            return ()
+        return tuple(sorted(range(len(self.loads)), key=lambda e: (-self.loads[e], e))[: self.hot_copies])
+
     @property
+    def free_copies(self) -> int:
+        """Copies that `hot_copies` asks for, beyond `max_copies`."""
+        return len(self.hottest) * (len({i for i, room in zip(self.islands or (), self.capacity) if room > 0}) - 1) \
+            if self.hottest else 0
+
+    @cached_property
     def capacity(self) -> tuple[int, ...]:
         """Most experts per rank: its slots, E at most, none where the speed is 0."""
         experts = len(self.loads)

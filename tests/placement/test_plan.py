@@ -14,7 +14,7 @@ def plan(world_size: int, *overrides: str) -> Plan:
 
 
 def owners(p: Plan) -> list[int]:
-    return p.layers[0][1].owner_of_expert()
+    return p.layers[0][1].primaries
 
 
 @given(st.integers(0, 1000), st.lists(st.floats(0, 100), min_size=1, max_size=9).filter(lambda s: sum(s) > 1e-3))
@@ -79,11 +79,10 @@ def test_json_round_trip_and_hash():
     assert a.sha256 != plan(2, "placement.counts=[3,5]", "placement.batch_shares=[2,1]").sha256
 
 
-def test_copies_are_data_but_not_dispatched():
+def test_copies_are_data():
     layer = LayerPlan(((0, 1), (1,)), ((0.25, 0.75), (1.0,)))
     assert layer.experts_of_rank(1) == [0, 1]
-    with pytest.raises(PlacementError, match="expert 0"):
-        layer.owner_of_expert()
+    assert layer.copies == 1 and layer.primaries == [0, 1]
     for bad in (LayerPlan(((),), ((),)), LayerPlan(((0, 1),), ((0.5, 0.6),)), LayerPlan(((2,),), ((1.0,),))):
         with pytest.raises(PlacementError):
             Plan(2, ((0, bad),), (1.0, 1.0))

@@ -1,0 +1,54 @@
+"""What a placement costs: rows of every rank, the makespan, and what no placement can beat. E experts, W ranks."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+
+from moedist.placement.plan import LayerPlan
+from moedist.placement.problem import Problem
+
+COPIES_SAVE = 5e-3
+
+
+def rank_loads(layer: LayerPlan, loads: Sequence[float], ranks: int) -> np.ndarray:
+    """Rows of every rank, [W]: each expert's rows cut by its shares."""
+    owner_P = [r for owners in layer.owners for r in owners]
+    rows_P = [load * share for load, shares in zip(loads, layer.shares) for share in shares]
+    return np.bincount(owner_P, weights=rows_P, minlength=ranks)
+
+
+def seconds(rows_W: np.ndarray, speeds: Sequence[float]) -> np.ndarray:
+    """Time of every rank, [W]; infinite where a rank without speed has rows."""
+    speeds_W = np.asarray(speeds, dtype=float)
+    return np.where(rows_W > 0, rows_W / np.where(speeds_W > 0, speeds_W, 1.0), 0.0) \
+        + np.where((rows_W > 0) & (speeds_W <= 0), np.inf, 0.0)
+
+
+def makespan(layer: LayerPlan, problem: Problem) -> float:
+    """Seconds that the slowest rank takes."""
+    return float(seconds(rank_loads(layer, problem.loads, len(problem.speeds)), problem.speeds).max())
+
+
+def cost(layer: LayerPlan, problem: Problem) -> float:
+    """Seconds with the price of copies; one is never free: W of them must save `COPIES_SAVE` of the bound."""
+    copy_s = max(problem.copy_cost_s, COPIES_SAVE * sum(problem.loads) / sum(problem.speeds) / len(problem.speeds))
+    return makespan(layer, problem) + copy_s * layer.copies
+
+
+def bound(problem: Problem) -> float:
+    """Seconds that no placement of this problem can beat.
+
+    All ranks busy equally long: sum(f) / sum(s) over ranks that may hold experts. Where no expert may have copies also, for
+    every k, the k largest experts on the k fastest ranks (each is on one rank): sum of the k largest loads over the sum of
+    the k largest speeds.
+    """
+    loads = np.sort(np.asarray(problem.loads, dtype=float))[::-1]
+    usable = [s for s, room in zip(problem.speeds, problem.capacity) if room > 0]
+    speeds = np.sort(np.asarray(usable, dtype=float))[::-1]
+    best = loads.sum() / speeds.sum()
+    if problem.max_copies == 0 and problem.hot_copies == 0:
+        k = min(len(loads), len(speeds))
+        best = max(best, float((loads.cumsum()[:k] / speeds.cumsum()[:k]).max()))
+    return float(best)
