@@ -18,7 +18,12 @@ EXAMPLES = {
 """,
     "evaluate": "example:\n  moedist evaluate runs/quickstart-20260101-120000 --split test\n",
     "generate": "example:\n  moedist generate runs/quickstart-20260101-120000 --prompt 'def read(' --max-tokens 60\n",
+    "plan": """examples:
+  moedist plan configs/quickstart.yaml --cluster configs/clusters/mixed.yaml
+  torchrun --nproc-per-node 2 -m moedist plan configs/quickstart.yaml placement.counts=null placement.batch_shares=null
+""",
     "bench layer": "example:\n  moedist bench layer --shapes fine --dtypes fp32 --json layer.json\n",
+    "bench hetero": "example:\n  moedist bench hetero --json hetero.json\n",
 }
 
 
@@ -51,6 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=_not_negative(int), default=50, help="draw among the k likeliest tokens (0: all)")
     generate.add_argument("--seed", type=int, default=0)
 
+    plan = _command(commands, "plan", "show a placement and why, for this machine or a cluster that is not here", _plan)
+    plan.add_argument("config", help="YAML file")
+    plan.add_argument("overrides", nargs="*", help="section.key=value")
+    plan.add_argument("--cluster", metavar="YAML", help="kinds of ranks, see configs/clusters/ (default: measure this machine)")
+    plan.add_argument("--zipf", type=_not_negative(float), default=0.6, metavar="S",
+                      help="expert i gets rows in proportion to (i + 1)^-S (default 0.6; 0: all alike)")
+    plan.add_argument("--run", help="take the loads of this run's newest checkpoint instead")
+    plan.add_argument("--json", help="write the plan and the predictions to this file")
+
     bench = commands.add_parser("bench", help="measure moedist against others").add_subparsers(
         dest="bench", required=True, metavar="BENCH")
     layer = _command(bench, "layer", "the MoE layer against Hugging Face, DeepSpeed and a dense layer", _bench_layer,
@@ -59,6 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     layer.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     layer.add_argument("--rounds", type=int, default=15, help="timed rounds, all implementations in turn")
     layer.add_argument("--json", help="write the figures to this file")
+
+    hetero = _command(bench, "hetero", "training on ranks of four speeds: measured plan against equal placement", _bench_hetero,
+                      example="bench hetero")
+    hetero.add_argument("--warmup", type=_not_negative(int), default=30, help="steps before the measured ones")
+    hetero.add_argument("--steps", type=_not_negative(int), default=40, help="measured steps of each training")
+    hetero.add_argument("--json", help="write the figures to this file")
     return parser
 
 
@@ -165,9 +185,19 @@ def _generate(args: argparse.Namespace) -> None:
     _say("\n---\n".join(texts))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from moedist.show_plan import show_plan
+    show_plan(args.config, args.overrides, args.cluster, args.zipf, args.run, args.json)
+
+
 def _bench_layer(args: argparse.Namespace) -> None:
     from moedist.bench.layer import bench_layer
     bench_layer(args.shapes, args.dtypes, args.rounds, args.json)
+
+
+def _bench_hetero(args: argparse.Namespace) -> None:
+    from moedist.bench.hetero import bench_hetero
+    bench_hetero(args.warmup, args.steps, args.json)
 
 
 def _launched_ranks() -> int:

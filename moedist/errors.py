@@ -25,5 +25,9 @@ class CheckpointError(MoedistError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+class CompressError(MoedistError):
+    """Experts that cannot be compressed as asked: an impossible budget, a damaged calibration, an unknown method."""
+
+
 class WorldError(MoedistError):
     """Ranks that cannot find each other, disagree, or died."""

@@ -7,20 +7,22 @@ import functools
 import sys
 import time
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from moedist.checkpoint import RunFolder, find_run, load_checkpoint, read_meta
 from moedist.config import Config, check_config, load_config, to_yaml
+from moedist.coordinator import start_plan, written_plan
+from moedist.coordinator.facts import facts_to_json
 from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
 from moedist.dispatch import build_transport
 from moedist.engine import TorchEngine
-from moedist.errors import CheckpointError, DataError, PlacementError, WorldError
+from moedist.errors import CheckpointError, DataError
 from moedist.model import Transformer
 from moedist.monitor import Recorder
 from moedist.phases import PHASES, Run
 from moedist.phases.run import Progress, weight_dtype
 from moedist.phases.train import Stopped, evaluate
-from moedist.placement import Plan, plan_from_config
+from moedist.placement import Plan, split_batch
 from moedist.world import World, find_launch
 
 # What a run must share with the checkpoint it goes on from: with another value the weights or the position in the data
@@ -45,13 +47,13 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     check_config(config, size)
     checkpoint = folder.newest() if folder else None
     meta = read_meta(checkpoint) if checkpoint else None
-    plan, notice = choose_plan(config, size, meta)
+    written, notice = written_plan(config, size, meta)
     with World.start(config.world) as world:
-        run = _build(config, world, folder, plan, checkpoint, meta)
+        if notice and world.is_main:
+            print(notice, flush=True)
+        run = build_run(config, world, written, folder, checkpoint, meta)
         run.signals.listen()
         run.recorder.say(_describe(run))
-        if notice:
-            run.recorder.say(notice)
         try:
             for i in range(run.progress.phase, len(config.phases)):
                 (name, value), = config.phases[i].items()
@@ -86,27 +88,25 @@ def refuse_other_model(saved: Config, config: Config, folder: RunFolder) -> None
                                   f"set {name}={old}, or start without --resume")
 
 
-def choose_plan(config: Config, world_size: int, meta: dict[str, Any] | None) -> tuple[Plan, str | None]:
-    """The plan of a run, and a notice where it is not the one written down.
+def build_run(config: Config, world: World, written: Plan | None, folder: RunFolder | None = None,
+              checkpoint: Path | None = None, meta: dict[str, Any] | None = None) -> Run:
+    """All parts of a run, ready for its first phase.
 
-    A resumed run may come back on another number of ranks, for which the placement in the config makes no sense: the
-    experts are then placed equally.
+    Args:
+        written: the plan that the configuration writes down; None: measure the ranks.
+        folder, checkpoint, meta: of the run that is resumed.
+
+    Raises:
+        WorldError: ranks hold different text or plans.
+        CheckpointError: the checkpoint is of other text, or damaged.
+        DataError: there is nothing to validate on.
     """
-    try:
-        return plan_from_config(config, world_size), None
-    except PlacementError as error:
-        if meta is None or meta["world_size"] == world_size:
-            raise
-        equal = dataclasses.replace(config, placement=type(config.placement)())
-        return plan_from_config(equal, world_size), (f"resuming a run of {meta['world_size']} ranks on {world_size}: "
-                                                     f"experts and batch are placed equally, because {error}")
+    def say(text: str) -> None:  # before there is a recorder
+        if world.is_main:
+            print(text, flush=True)
 
-
-def _build(config: Config, world: World, folder: RunFolder | None, plan: Plan, checkpoint: Path | None,
-           meta: dict[str, Any] | None) -> Run:
     corpus = prepare_corpus(config.data)
-    refuse_unequal(world, "training text", corpus.digest, "check that data.path holds the same files everywhere")
-    refuse_unequal(world, "plan", plan.sha256, "check that all ranks run the same moedist and configuration")
+    world.refuse_unequal("training text", corpus.digest, "check that data.path holds the same files everywhere")
     if meta and meta["corpus"] != corpus.digest:
         raise CheckpointError(f"{folder} was trained on other text (digest {meta['corpus'][:12]}, now "
                               f"{corpus.digest[:12]}); bring the old text back, or start without --resume")
@@ -114,26 +114,23 @@ def _build(config: Config, world: World, folder: RunFolder | None, plan: Plan, c
         raise DataError("the text has no validation split; set data.valid_fraction above 0 to hold a part out")
     train_stream = TrainStream(corpus.train, config.data.sequence_length, config.seed)
     valid_stream = EvalStream(corpus.valid, config.data.sequence_length, config.train.eval_tokens)
-    model = Transformer(config, corpus.tokenizer.vocab_size, plan, build_transport(world), world.device,
-                        weight_dtype(config), world.meter)
+    transport, vocab = build_transport(world), corpus.tokenizer.vocab_size
+    plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say)
+    model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter)
     engine = TorchEngine(model, config.train, world)
     progress = Progress()
     if checkpoint and meta:
         load_checkpoint(checkpoint, engine.named_tensors(), world)
-        engine.load_counters(meta["counters"])
+        engine.loaded(meta["counters"])
         progress = Progress(**meta["progress"])
     folder = _open_folder(config, world, folder, corpus, progress.step)
     recorder = Recorder(config, folder, world.is_main, config.train_steps, progress.step)
-    return Run(config, world, folder, plan, model, engine, train_stream, valid_stream, recorder, corpus.digest, progress)
-
-
-def refuse_unequal(world: World, what: str, digest: str, way_out: str) -> None:
-    """Raise `WorldError` on every rank where the ranks hold different things."""
-    digests = world.gather_objects(digest)
-    other = [r for r, d in enumerate(digests) if d != digests[0]]
-    if other:
-        raise WorldError(f"ranks {other} have another {what} than rank 0 ({digests[other[0]][:12]} and {digests[0][:12]}); "
-                         f"{way_out}")
+    run = Run(config, world, folder, plan, coordinator, model, engine, train_stream, valid_stream, recorder, corpus.digest,
+              progress)
+    run.note_plan()
+    if world.is_main and coordinator.facts:
+        folder.ranks_file.write_text(facts_to_json(list(coordinator.facts)), encoding="utf-8")
+    return run
 
 
 def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus: Corpus, step: int) -> RunFolder:
@@ -158,21 +155,32 @@ def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus:
 def _describe(run: Run) -> str:
     world, model, config = run.world, run.model, run.config
     dense = sum(p.numel() for p in model.parameters())
-    mine = [sum(p.numel() for bank in model.banks.values() for p in bank.parameters()),
-            len(next(iter(model.banks.values())).expert_ids) if model.banks else 0, str(world.device), world.vendor]
+    layers = [moe for _, moe in model.moe_layers()]
+    mine = [sum(moe.bank.flops_per_row[moe.bank.expert_ids.index(e)] // 2 for moe in layers  # a weight, two operations
+                for e in moe.dispatcher.layout.primary_experts),
+            [len(moe.bank.expert_ids) for moe in layers], str(world.device), world.vendor]
     ranks = world.gather_objects(mine)
-    active = dense + sum(r[0] for r in ranks) * config.model.top_k // max(config.model.experts, 1)
+    in_experts = sum(r[0] for r in ranks)
+    active = dense + in_experts * config.model.top_k // max(config.model.experts, 1)
+    counts = split_batch(run.coordinator.sizes.part, run.plan.batch_shares)
     lines = [f"run {run.folder}",
-             f"{dense + sum(r[0] for r in ranks):,} parameters, about {active:,} active per token; "
+             f"{dense + in_experts:,} parameters, about {active:,} active per token; "
              f"{run.train_stream.sequences:,} training sequences of {config.data.sequence_length} tokens",
-             f"{world.size} rank(s) by {world.launcher}; batch {config.train.batch}, shares {list(run.plan.batch_shares)}"]
-    lines += [f"  rank {i}: {device} ({vendor}), {experts} of {config.model.experts} experts of each MoE layer"
-              for i, (_, experts, device, vendor) in enumerate(ranks)]
+             f"{world.size} rank(s) by {world.launcher}; batch {config.train.batch}"]
+    lines += [f"  rank {i}: {device} ({vendor}), {_counted(held)} of {config.model.experts} experts in each of "
+              f"{len(held)} layers, {count} of {sum(counts)} sequences"
+              for i, ((_, held, device, vendor), count) in enumerate(zip(ranks, counts))]
     if not model.causal:
         lines.append(f"router {config.router.name} looks at later tokens of a sequence: its perplexity is optimistic")
     if run.progress.step:
         lines.append(f"resuming after step {run.progress.step}")
     return "\n".join(lines)
+
+
+def _counted(numbers: list[int]) -> str:
+    """'5' or '4 to 6'."""
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _finish(run: Run) -> None:

@@ -216,6 +216,14 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def refuse_unequal(self, what: str, digest: str, way_out: str) -> None:
+        """Raise `WorldError` on every rank where the ranks hold different things."""
+        digests = self.gather_objects(digest)
+        other = [r for r, d in enumerate(digests) if d != digests[0]]
+        if other:
+            raise WorldError(f"ranks {other} have another {what} than rank 0 ({digests[other[0]][:12]} and "
+                             f"{digests[0][:12]}); {way_out}")
+
     def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduce a contiguous tensor over all ranks, in place; staged through host memory where no native group is."""
         if self.size == 1:

@@ -21,9 +21,13 @@ AUX_WEIGHTS = {"balance_loss": 0.7, "z_loss": 0.3}
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, a batch and where both live. `owners[e]` is a rank; `sequences[r]` are the sequences of rank r."""
+    """A layer, a batch and where both live.
 
-    owners: tuple[int, ...]
+    `owners[e]` is a rank, or a tuple of ranks that hold copies, `shares[e]` then their shares (none given: equal);
+    `sequences[r]` are the sequences of rank r.
+    """
+
+    owners: tuple[int | tuple[int, ...], ...]
     sequences: tuple[int, ...]
     router: str = "topk"
     top_k: int = 2
@@ -36,10 +40,15 @@ class Case:
     seed: int = 0
     shared: int = 0
     training: bool = True
+    shares: tuple[tuple[float, ...], ...] = ()
+
+    def plan(self) -> LayerPlan:
+        owners = tuple(o if isinstance(o, tuple) else (o,) for o in self.owners)
+        return LayerPlan(owners, self.shares or tuple((1 / len(o),) * len(o) for o in owners))
 
     def alone(self) -> "Case":
         """The same case in a world of one."""
-        fields = {**self.__dict__, "owners": (0,) * len(self.owners), "sequences": (sum(self.sequences),)}
+        fields = {**self.__dict__, "owners": (0,) * len(self.owners), "shares": (), "sequences": (sum(self.sequences),)}
         return Case(**fields)
 
 
@@ -53,6 +62,7 @@ class Result:
     grads: dict[str, torch.Tensor]
     expert_grads: dict[str, torch.Tensor]
     load: torch.Tensor
+    rows_W: list[int]
     stats: dict[str, float] = field(default_factory=dict)
 
 
@@ -75,13 +85,13 @@ def run_case(world: World, case: Case, device: str = "cpu", dtype: torch.dtype =
     return Result(y.detach().cpu(), x.grad.cpu(), loss.item(),
                   {n: torch.zeros_like(p).cpu() if p.grad is None else p.grad.cpu()
                    for n, p in layer.named_parameters()},
-                  {n: g.cpu() for n, g in expert_grads.items()}, report.load_WE,
+                  {n: g.cpu() for n, g in expert_grads.items()}, report.load_WE, report.rows_W,
                   {k: float(v) for k, v in report.stats.items()})
 
 
 def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float64):
     experts = len(case.owners)
-    layout = Layout(LayerPlan.single(case.owners), world.rank, world.size)
+    layout = Layout(case.plan(), world.rank, world.size)
     widths = case.widths or (5,) * experts
     bank = ExpertBank(0, layout.local_experts, case.width, [widths[e] for e in layout.local_experts], case.activation,
                       device, dtype)

@@ -6,12 +6,12 @@ machine with an accelerator, the accelerator against the CPU.
 
 from __future__ import annotations
 
-import json
 from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import nn
 
+from moedist.bench.figures import write_figures
 from moedist.bench.interleave import interleaved_medians
 from moedist.bench.peers import Forward, Peer, peers_of
 from moedist.config import RouterConfig
@@ -140,9 +140,7 @@ def bench_layer(shapes: Sequence[str], dtypes: Sequence[str], rounds: int, json_
             print(f"  layer.{shape}.{dtype}.vs_dense {figures[f'layer.{shape}.{dtype}.vs_dense']:.2f}")
     if bench_device().type != "cpu":
         figures |= _accelerator_over_cpu(rounds)
-    if json_path:
-        with open(json_path, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+    write_figures(figures, json_path)
     return figures
 
 

@@ -1,7 +1,8 @@
 """The folder of a run: what is in it, and how to find one.
 
     config.yaml     the resolved configuration       metrics.jsonl   one object per logged step or evaluation
-    tokenizer.json  the tokenizer                    checkpoints/step-00000100/...
+    tokenizer.json  the tokenizer                    plans.jsonl     one object per plan, with its first step
+    ranks.json      what was measured of every rank  checkpoints/step-00000100/...
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.plans_file = self.path / "plans.jsonl"
+        self.ranks_file = self.path / "ranks.json"
         self.checkpoints = self.path / "checkpoints"
 
     def __str__(self) -> str:

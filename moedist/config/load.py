@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import json
 import pathlib
-from typing import Any, Iterable
+import re
+import typing
+from typing import Any, Iterable, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -15,6 +17,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from moedist.config.schema import Config
 from moedist.errors import ConfigError
 
+Shape = TypeVar("Shape")
+
 
 def load_config(path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     """The configuration in a YAML file, with `section.key=value` overrides on top.
@@ -22,51 +26,63 @@ def load_config(path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Conf
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
     """
+    return load_dataclass(Config, path, overrides)
+
+
+def load_dataclass(cls: type[Shape], path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Shape:
+    """A YAML file as a dataclass with typed fields, with dotted overrides on top; see `load_config` for the errors."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ConfigError(f"no configuration file {path}; give the path of a YAML file, such as configs/quickstart.yaml")
+        raise ConfigError(f"no file {path}; give the path of a YAML file, such as configs/quickstart.yaml")
     try:
         # OmegaConf's loader is YAML 1.1 with the float of YAML 1.2, so that 3e-4 is a number.
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"{path} holds no keys; start from configs/quickstart.yaml")
-    return config_from_dict(tree, overrides, origin=str(path))
+        raise ConfigError(f"{path} holds no keys; start from a file in configs/")
+    return _from_dict(cls, tree, overrides, origin=str(path))
 
 
 def config_from_dict(tree: dict[str, Any], overrides: Iterable[str] = (), origin: str = "the configuration") -> Config:
     """The configuration of a nested dict with dotted overrides on top; see `load_config` for the errors."""
+    return _from_dict(Config, tree, overrides, origin)
+
+
+def _from_dict(cls: type[Shape], tree: dict[str, Any], overrides: Iterable[str], origin: str) -> Shape:
     overrides = list(overrides)
     for text in overrides:
         if "=" not in text:
             raise ConfigError(f"override {text!r} has no '='; write it as section.key=value, such as train.lr=3e-4")
-    base = OmegaConf.structured(Config)
+    base = OmegaConf.structured(cls)
     try:
         return OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.create(tree), OmegaConf.from_dotlist(overrides)))
     except ConfigKeyError as error:
         full = str(error.full_key)
         raise ConfigError(f"unknown key {full!r} in {origin} or its overrides; did you mean "
-                          f"{nearest_key(full)!r}? (moedist train --help lists all keys)") from error
+                          f"{nearest_key(full, cls)!r}? (moedist train --help lists the keys of a configuration)") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         where = getattr(error, "full_key", None)
         what = f"value for {where!r}" if where else f"YAML in an override ({' '.join(overrides)})"
         raise ConfigError(f"bad {what} in {origin} or its overrides: {str(error).splitlines()[0]}") from error
 
 
-def nearest_key(unknown: str) -> str:
+def nearest_key(unknown: str, cls: type = Config) -> str:
     """The valid dotted key that looks most like an unknown one."""
-    keys = [name for name, _ in _walk(Config)]
+    keys = [name for name, _ in _walk(cls)]
+    unknown = re.sub(r"\[\d+\]", "", unknown)
     leaf = unknown.rsplit(".", 1)[-1]
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]  # right key in the wrong section
     return (same_leaf or difflib.get_close_matches(unknown, keys, n=1, cutoff=0.0))[0]
 
 
 def _walk(cls: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
+    types = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         yield prefix + f.name, f
-        if dataclasses.is_dataclass(f.default_factory):
-            yield from _walk(f.default_factory, prefix + f.name + ".")
+        for inner in (types[f.name], *typing.get_args(types[f.name])):  # a section, or a list of sections
+            if dataclasses.is_dataclass(inner):
+                yield from _walk(inner, prefix + f.name + ".")
 
 
 def describe_keys() -> str:

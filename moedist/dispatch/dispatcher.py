@@ -28,6 +28,7 @@ class Meta:
 
     Attributes:
         load_WE: int64 on the CPU, rows that each rank sent to each expert: the whole load matrix, on every rank.
+        rows_W: rows that the experts of each rank receive.
         extra_W: what each rank added to the count exchange, [W, len(extra)].
         expert_counts_L: rows of each local expert.
         send, receive: rows to and from every rank, own included.
@@ -37,6 +38,7 @@ class Meta:
     """
 
     load_WE: torch.Tensor
+    rows_W: list[int]
     extra_W: torch.Tensor
     expert_counts_L: list[int]
     send: list[int]
@@ -91,18 +93,22 @@ class Dispatcher:
         layout, device = self.layout, expert_ids_N.device
         experts = len(self.slot_of_expert_E)
         slots_N, order_N = self.slot_of_expert_E[expert_ids_N].to(torch.int32).sort(stable=True)
-        by_token_N = torch.empty_like(order_N).index_copy_(0, order_N, torch.arange(len(order_N), device=device))
         per_token_T = torch.bincount(token_ids_N, minlength=tokens)
         counts_E = torch.bincount(slots_N, minlength=experts)[self.slot_of_expert_E]
         sent = counts_E if extra is None else torch.cat([counts_E, extra.to(device)])
         gathered = self.transport.all_gather_counts(sent)  # the one host sync
         load_WE, extra_W = gathered[:, :experts], gathered[:, experts:]
+        load_WP = layout.load_of_placements(load_WE)
+        if layout.has_copies:
+            order_N = order_N.index_select(0, layout.sending_order_N(load_WP).to(device))
+        by_token_N = torch.empty_like(order_N).index_copy_(0, order_N, torch.arange(len(order_N), device=device))
         to_expert = to_arrival = None
         if layout.world_size > 1:
-            to_expert = layout.arrival_to_expert_R(load_WE)
+            to_expert = layout.arrival_to_expert_R(load_WP)
             to_arrival = torch.empty_like(to_expert).index_copy_(0, to_expert, torch.arange(len(to_expert)))
             to_expert, to_arrival = to_expert.to(device), to_arrival.to(device)
-        return Meta(load_WE=load_WE, extra_W=extra_W, expert_counts_L=layout.expert_counts(load_WE),
-                    send=layout.send_counts(load_WE), receive=layout.receive_counts(load_WE),
-                    token_N=token_ids_N.index_select(0, order_N), by_token_N=by_token_N,
-                    starts_T=per_token_T.cumsum(0) - per_token_T, to_expert_R=to_expert, to_arrival_R=to_arrival)
+        return Meta(load_WE=load_WE, rows_W=layout.rows_of_ranks(load_WP.sum(0)), extra_W=extra_W,
+                    expert_counts_L=layout.expert_counts(load_WP), send=layout.send_counts(load_WP),
+                    receive=layout.receive_counts(load_WP), token_N=token_ids_N.index_select(0, order_N),
+                    by_token_N=by_token_N, starts_T=per_token_T.cumsum(0) - per_token_T, to_expert_R=to_expert,
+                    to_arrival_R=to_arrival)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Mapping
 
 import torch
 
 from moedist.config import TrainConfig
+from moedist.engine.copies import Copies
+from moedist.engine.expert_optimizer import MOMENTS, ExpertOptimizer, Pair, adamw
 from moedist.model import Transformer
 from moedist.world import World
 
@@ -34,18 +37,12 @@ class TorchEngine:
     def __init__(self, model: Transformer, config: TrainConfig, world: World):
         self.model, self.config, self.world = model, config, world
         self.dense = dict(model.named_parameters())
-        self.experts = [p for bank in model.banks.values() for p in bank.parameters()]
         matrices = [p for p in self.dense.values() if p.dim() > 1]
         others = [p for p in self.dense.values() if p.dim() <= 1]
-        groups = [{"params": matrices + [p for p in self.experts if p.numel()], "weight_decay": config.weight_decay},
-                  {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, eps=config.eps,
-                                           betas=(config.beta1, config.beta2), fused=world.device.type in ("cpu", "cuda"))
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:  # made now, so that a checkpoint can be read before the first step
-                step_device = p.device if group["fused"] else "cpu"
-                self.optimizer.state[p] = {"step": torch.zeros((), device=step_device),
-                                           "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = adamw([g for g in groups if g["params"]], config, world.device)
+        self.experts = ExpertOptimizer(model.banks, config, world.device)
+        self.copies = Copies(model)
         self.scale = FIRST_SCALE if config.dtype == "float16" else 1.0
         self.good_steps = 0
 
@@ -62,30 +59,33 @@ class TorchEngine:
             sums: float64 CPU vector to be summed over ranks in the collective that the norm needs anyway.
         """
         dense = [_grad_of(p) for p in self.dense.values()]
+        experts = [_grad_of(p) for p in self.experts.parameters()]
+        self.copies.reduce_gradients()
         self._sum_over_ranks(dense)
         # rank 0's dense norm counts for all: devices of several kinds round differently, and every rank must clip alike
         dense_square = _square_sum(dense) if self.world.is_main else 0.0
-        packed = torch.cat([torch.tensor([dense_square, _square_sum([_grad_of(p) for p in self.experts])],
-                                         dtype=torch.float64), sums])
+        packed = torch.cat([torch.tensor([dense_square, _square_sum(experts)], dtype=torch.float64), sums])
         self.world.all_reduce_(packed)
         norm = math.sqrt(packed[0].item() + packed[1].item()) / self.scale if math.isfinite(packed[:2].sum()) \
             else math.inf
         skipped = self._adjust_scale_before(norm)
         if not skipped:
-            self._update(lr, norm)
-        self.optimizer.zero_grad(set_to_none=True)
+            self._update(lr, norm, dense + experts)
+            self.copies.send_weights()
+        for p in (*self.dense.values(), *self.experts.parameters()):
+            p.grad = None
         return StepResult(norm, skipped, packed[2:])
 
-    def _update(self, lr: float, norm: float) -> None:
+    def _update(self, lr: float, norm: float, grads: list[torch.Tensor]) -> None:
         factor = 1 / self._used_scale
         if self.config.clip and norm > self.config.clip:
             factor *= self.config.clip / norm
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
         if factor != 1:
             torch._foreach_mul_(grads, factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.experts.step(lr)
 
     def _adjust_scale_before(self, norm: float) -> bool:
         """Dynamic loss scaling (Micikevicius et al. 2017, arXiv 1710.03740): True where the step must be skipped."""
@@ -112,31 +112,39 @@ class TorchEngine:
                                               zip(flat.split([g.numel() for g in bucket]), bucket)])
                 bucket = []
 
-    def named_tensors(self, optimizer: bool = True) -> dict[str, torch.Tensor]:
+    def placed(self, moments: Mapping[int, list[Pair]]) -> None:
+        """The model's experts have moved: go on with the banks it has now, and these Adam moments of each layer."""
+        self.copies = Copies(self.model)
+        self.experts.rebuild(moments, self.counters()["updates"])
+        self.copies.send_weights()
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
         """Weights, buffers and optimizer moments by global name, detached; writing to them writes the training state.
 
-        Dense names are equal on every rank; an expert's names exist on its owner alone.
+        Dense names are equal on every rank; an expert's names exist on its primary alone. After writing, `loaded`.
         """
-        found = dict(self.model.named_state())
-        if optimizer:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                for name, p in self.dense.items():
-                    found[f"optimizer.{moment}.{name}"] = self.optimizer.state[p][moment]
-                for bank in self.model.banks.values():
-                    if bank.w_in.numel():
-                        moments = [self.optimizer.state[p][moment] for p in (bank.w_in, bank.w_out)]
-                        found.update({f"optimizer.{moment}.{n}": t for n, t in bank.split_by_name(*moments).items()})
+        found = self.model.dense_state()
+        for moment in MOMENTS:
+            found.update({f"optimizer.{moment}.{name}": self.optimizer.state[p][moment] for name, p in self.dense.items()})
+        prefixes = ("", *(f"optimizer.{moment}." for moment in MOMENTS))
+        for layer, moe in self.model.moe_layers():
+            for prefix, pair in zip(prefixes, self.experts.tensors(layer)):
+                named = moe.bank.split_by_name(*pair, experts=moe.dispatcher.layout.primary_experts)
+                found.update({prefix + name: t for name, t in named.items()})
         return found
 
-    def counters(self) -> dict[str, float]:
-        """Scalars that `load_counters` needs to go on: updates done, loss scale."""
-        steps = [float(s["step"]) for s in self.optimizer.state.values()]
-        return {"updates": steps[0], "scale": self.scale, "good_steps": self.good_steps}
-
-    def load_counters(self, counters: dict[str, float]) -> None:
+    def loaded(self, counters: dict[str, float]) -> None:
+        """`named_tensors` have been filled from a checkpoint: take its counters, and give the weights to the copies."""
         for state in self.optimizer.state.values():
             state["step"].fill_(counters["updates"])
+        self.experts.set_updates(counters["updates"])
         self.scale, self.good_steps = counters["scale"], int(counters["good_steps"])
+        self.copies.send_weights()
+
+    def counters(self) -> dict[str, float]:
+        """Scalars that `loaded` needs to go on: updates done, loss scale."""
+        updates = float(next(iter(self.optimizer.state.values()))["step"])
+        return {"updates": updates, "scale": self.scale, "good_steps": self.good_steps}
 
 
 def _grad_of(p: torch.Tensor) -> torch.Tensor:

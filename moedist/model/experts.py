@@ -46,21 +46,25 @@ class ExpertBank(nn.Module):
         """Multiply-adds times two of one row, forward, for each expert."""
         return [2 * self.width * width * (ACTIVATIONS[self.activation] + 1) for width in self.widths]
 
-    def split_by_name(self, w_in: torch.Tensor, w_out: torch.Tensor) -> dict[str, torch.Tensor]:
+    def blocks_of(self, expert: int, w_in: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of one expert (a global id held here) in tensors shaped like the bank's weights, as views."""
+        i, gate = self.expert_ids.index(expert), ACTIVATIONS[self.activation]
+        start = sum(self.widths[:i])
+        stop = start + self.widths[i]
+        return w_in[gate * start:gate * stop], w_out[start:stop]
+
+    def split_by_name(self, w_in: torch.Tensor, w_out: torch.Tensor,
+                      experts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         """Views of tensors shaped like the bank's weights (the weights, a gradient, an Adam moment) by global name.
 
-        Of each expert: w1 [F, D] gate (or the only input projection), w3 [F, D] up (swiglu), and w2 [F, D], the down
-        projection with one row per hidden neuron.
+        Of each expert, or of `experts` (global ids held here): w1 [F, D] gate (or the only input projection), w3 [F, D]
+        up (swiglu), and w2 [F, D], the down projection with one row per hidden neuron.
         """
-        named, gate, neuron = {}, ACTIVATIONS[self.activation], 0
-        for e, width in zip(self.expert_ids, self.widths):
+        named = {}
+        for e in self.expert_ids if experts is None else experts:
             prefix = f"layers.{self.layer}.experts.{e}."
-            start = gate * neuron
-            named[prefix + "w1"] = w_in[start:start + width]
-            if gate == 2:
-                named[prefix + "w3"] = w_in[start + width:start + 2 * width]
-            named[prefix + "w2"] = w_out[neuron:neuron + width]
-            neuron += width
+            inputs, named[prefix + "w2"] = self.blocks_of(e, w_in, w_out)
+            named.update(zip((prefix + "w1", prefix + "w3"), inputs.chunk(ACTIVATIONS[self.activation])))
         return named
 
     def named_weights(self) -> dict[str, torch.Tensor]:

@@ -27,12 +27,14 @@ class LayerReport:
         aux_losses: name -> sum over local tokens, unweighted, with gradient.
         stats: name -> detached sum over local tokens.
         load_WE: rows every rank sent to every expert (CPU).
+        rows_W: rows that the experts of each rank computed.
         demand_E: rows that wanted each expert over all ranks, before capacity (CPU).
     """
 
     aux_losses: dict[str, torch.Tensor]
     stats: dict[str, torch.Tensor]
     load_WE: torch.Tensor
+    rows_W: list[int]
     demand_E: torch.Tensor
 
 
@@ -79,4 +81,4 @@ class MoELayer(nn.Module):
         aux = dict(routed.aux_losses)
         if routed.prob_sum_E is not None:
             aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device))
-        return y, LayerReport(aux, routed.stats, meta.load_WE, demand_E)
+        return y, LayerReport(aux, routed.stats, meta.load_WE, meta.rows_W, demand_E)

@@ -143,9 +143,13 @@ class Transformer(nn.Module):
         """False where a router lets a token see later ones."""
         return all(layer.router.causal for _, layer in self.moe_layers())
 
+    def dense_state(self) -> dict[str, torch.Tensor]:
+        """Weights and buffers outside the experts by name; detached views that can be written."""
+        return {name: t.detach() for name, t in self.state_dict().items()}
+
     def named_state(self) -> dict[str, torch.Tensor]:
         """Weights and buffers by global name, this rank's experts included; detached views that can be written."""
-        found = {name: t.detach() for name, t in self.state_dict().items()}
+        found = self.dense_state()
         for bank in self.banks.values():
             found.update(bank.named_weights())
         return found

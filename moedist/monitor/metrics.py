@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, NamedTuple
+from typing import Iterable, NamedTuple, Sequence
 
 import torch
 
@@ -26,6 +26,8 @@ METRICS: dict[str, Metric] = {
     "moe/load_imbalance": Metric("largest over mean rows of an expert, mean over layers", "same"),
     "moe/rank_imbalance": Metric("largest over mean rows of a rank, mean over layers", "same"),
     "moe/unused_experts": Metric("experts without a row, sum over layers", "same"),
+    "moe/expert_ms": Metric("ms in expert feed-forwards, forward and backward, of the slowest rank", "max"),
+    "moe/expert_over_mean": Metric("expert time of the slowest rank over the mean of all; 1 at perfect placement", "same"),
     "moe/dropped_fraction": Metric("rows dropped by capacity over rows wanted", "sum over sum"),
     "moe/router_entropy": Metric("nats, mean over layers", "mean over tokens"),
     "valid/loss": Metric("nats per token", "mean over tokens"),
@@ -33,16 +35,15 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def load_metrics(loads_WE: Iterable[torch.Tensor], owners: Iterable[list[int]]) -> dict[str, float]:
-    """Imbalance metrics from each layer's load matrix, rows every rank sent to every expert, and its experts' owners."""
+def load_metrics(loads_WE: Iterable[torch.Tensor], rows_W: Iterable[Sequence[int]]) -> dict[str, float]:
+    """Imbalance metrics from each layer's load matrix (rows every rank sent to every expert) and rows of each rank."""
     expert, rank, unused = [], [], 0
-    for load_WE, owner_E in zip(loads_WE, owners):
+    for load_WE, rows in zip(loads_WE, rows_W):
         load_E = load_WE.sum(0).double()
-        per_rank = torch.zeros(len(load_WE), dtype=torch.float64).index_add_(0, torch.tensor(owner_E), load_E)
         unused += int((load_E == 0).sum())
         if load_E.sum() > 0:
             expert.append((load_E.max() / load_E.mean()).item())
-            rank.append((per_rank.max() / per_rank.mean()).item())
+            rank.append(max(rows) * len(rows) / sum(rows))
     if not expert:
         return {}
     return {"moe/load_imbalance": sum(expert) / len(expert), "moe/rank_imbalance": sum(rank) / len(rank),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 from moedist.checkpoint import RunFolder, load_checkpoint, read_meta
-from moedist.config import Config, PlacementConfig
+from moedist.config import Config
+from moedist.coordinator import equal_plan
 from moedist.data import Tokenizer
 from moedist.dispatch import build_transport
 from moedist.errors import CheckpointError
 from moedist.model import Transformer
 from moedist.phases.run import weight_dtype
-from moedist.placement import plan_from_config
 from moedist.world import World
 
 
@@ -36,8 +35,7 @@ def open_run(folder: RunFolder, config: Config, world: World, step: int | None =
     checkpoint = folder.newest() if step is None else folder.checkpoint(step)
     meta = read_meta(checkpoint)
     tokenizer = Tokenizer.load(folder.path)
-    equal = dataclasses.replace(config, placement=PlacementConfig())
-    model = Transformer(config, tokenizer.vocab_size, plan_from_config(equal, world.size), build_transport(world),
-                        world.device, weight_dtype(config))
+    model = Transformer(config, tokenizer.vocab_size, equal_plan(config, world.size), build_transport(world), world.device,
+                        weight_dtype(config))
     load_checkpoint(checkpoint, model.named_state(), world)
     return OpenedRun(config, tokenizer, model.eval(), meta["progress"]["step"])

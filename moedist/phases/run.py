@@ -11,6 +11,7 @@ import torch
 
 from moedist.checkpoint import RunFolder, save_checkpoint
 from moedist.config import Config
+from moedist.coordinator import Coordinator, RankTimes, migrate
 from moedist.data import EvalStream, TrainStream
 from moedist.engine import TorchEngine
 from moedist.model import Transformer
@@ -51,6 +52,7 @@ class Run:
     world: World
     folder: RunFolder
     plan: Plan
+    coordinator: Coordinator
     model: Transformer
     engine: TorchEngine
     train_stream: TrainStream
@@ -73,11 +75,36 @@ class Run:
             return
         meta: dict[str, Any] = {
             "progress": vars(self.progress), "counters": self.engine.counters(), "plan": self.plan.to_json(),
-            "corpus": self.corpus_digest, "world_size": self.world.size,
+            "coordinator": self.coordinator.state(), "corpus": self.corpus_digest, "world_size": self.world.size,
         }
         path = save_checkpoint(self.folder, step, self.engine.named_tensors(), meta, self.world,
                                self.config.checkpoint.keep)
         self.recorder.say(f"checkpoint {path}")
+
+    def replan(self, loads: dict[int, torch.Tensor], ranks: RankTimes, ready: bool) -> None:
+        """Let the coordinator learn from a step, take up a plan that is ready, and look for another when it is time.
+
+        Args:
+            ready: that of all ranks: rank 0's coordinator said so before the step's last collective.
+        """
+        self.coordinator.observe(loads, ranks)
+        if ready:
+            plan, lines = self.coordinator.finish_replan(self.plan)
+            if plan.sha256 != self.plan.sha256:
+                migrate(self.world, self.engine, plan)
+                self.plan = plan
+                self.note_plan()
+            for line in lines:
+                self.recorder.say(f"step {self.progress.step:>6}  {line}")
+        every = self.config.placement.replan_every
+        if every and self.progress.step % every == 0:
+            self.coordinator.start_replan(self.plan)
+
+    def note_plan(self) -> None:
+        """Add the plan in force to the run folder's list of plans."""
+        if self.world.is_main:
+            with open(self.folder.plans_file, "a", encoding="utf-8") as file:
+                file.write(f'{{"step":{self.progress.step},"plan":{self.plan.to_json()}}}\n')
 
 
 class Signals:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 
+from moedist.coordinator import RankTimes
 from moedist.engine import learning_rate
 from moedist.errors import MoedistError
 from moedist.model import Batch, LayerReport
@@ -15,9 +17,29 @@ from moedist.phases.evaluation import forward_loss, held_out_loss
 from moedist.phases.run import Run
 from moedist.placement import split_batch
 from moedist.routing import mix_seeds
+from moedist.timing import StepTimes
 
 # summed over ranks once a step, in the collective of the gradient norm
-SUMS = ("loss", "balance_loss", "z_loss", "entropy", "dropped_rows", "stop", "save")
+SUMS = ("loss", "balance_loss", "z_loss", "entropy", "dropped_rows", "stop", "save", "plan")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step was.
+
+    Attributes:
+        sums: sums over ranks by name.
+        grad_norm: of dense and expert gradients together, before clipping.
+        loads: rows every rank sent to every expert, [W, E], by layer.
+        ranks: what every rank did, and how long it took.
+        times: of this rank, by layer.
+    """
+
+    sums: dict[str, float]
+    grad_norm: float
+    loads: dict[int, torch.Tensor]
+    ranks: RankTimes
+    times: StepTimes
 
 
 class Stopped(Exception):
@@ -35,13 +57,14 @@ def train_phase(run: Run, steps: int) -> None:
     run.model.train()
     clock = _Clock()
     while progress.phase_step < steps:
-        sums, norm, loads = train_step(run)
+        report = train_step(run)
         clock.steps += 1
-        _refuse_non_finite(run, sums["loss"], norm)
+        sums = report.sums
+        _refuse_non_finite(run, sums["loss"], report.grad_norm)
         run.recorder.tick(progress.step)
         last = progress.phase_step == steps
         if progress.step % config.monitor.log_every == 0 or last or sums["stop"]:
-            _log(run, sums, norm, loads, clock)
+            _log(run, report, clock)
         if config.train.eval_every and progress.step % config.train.eval_every == 0 or last:
             evaluate(run)
             clock = _Clock()
@@ -52,43 +75,55 @@ def train_phase(run: Run, steps: int) -> None:
             run.signals.save = False
             run.save()
             clock = _Clock()
+        run.replan(report.loads, report.ranks, bool(sums["plan"]))
 
 
-def train_step(run: Run) -> tuple[dict[str, float], float, dict[int, torch.Tensor]]:
-    """One optimizer step. Returns (sums over ranks by name, gradient norm, load matrix of every MoE layer).
+def train_step(run: Run) -> StepReport:
+    """One optimizer step.
 
     The global batch is cut into `accumulate` parts and each part over the ranks, so that neither the number of ranks nor
     their shares change what a part holds. All ranks make the same collective calls, zero sequences included.
     """
-    config, progress, t = run.config, run.progress, run.config.train
+    config, progress, t, world = run.config, run.progress, run.config.train, run.world
     sequence, part = config.data.sequence_length, t.batch // t.accumulate
     counts = split_batch(part, run.plan.batch_shares)
-    offset, mine = sum(counts[:run.world.rank]), counts[run.world.rank]
+    offset, mine = sum(counts[:world.rank]), counts[world.rank]
     tokens = t.batch * sequence
-    torch.manual_seed(mix_seeds(config.seed, progress.step, run.world.rank))  # dropout: a resumed run draws the same
+    world.meter.begin(progress.step)
+    torch.manual_seed(mix_seeds(config.seed, progress.step, world.rank))  # dropout: a resumed run draws the same
     sums: dict[str, float | torch.Tensor] = dict.fromkeys(SUMS, 0.0)  # tensors until the end: one sync, not one a layer
     loads: dict[int, torch.Tensor] = {}
     demands: dict[int, torch.Tensor] = {}
+    rows: dict[int, list[int]] = {}
     for i in range(t.accumulate):
         inputs, targets = run.train_stream.batch(progress.sequences + i * part + offset, mine)
         keys = torch.arange(i * part + offset, i * part + offset + mine).unsqueeze(1) * sequence + torch.arange(sequence)
         loss, reports = forward_loss(run.model, Batch(inputs, keys, mix_seeds(config.seed, progress.step)), targets,
-                                     run.world.device, run.dtype)
+                                     world.device, run.dtype)
         sums["loss"] = sums["loss"] + loss.detach()
         run.engine.backward((loss + _weighted_aux(run, reports, sums)) / tokens)
         for layer, report in reports.items():
             loads[layer] = loads.get(layer, 0) + report.load_WE
             demands[layer] = demands.get(layer, 0) + report.demand_E
+            rows[layer] = [a + b for a, b in zip(rows.get(layer, [0] * world.size), report.rows_W)]
     sums["stop"], sums["save"] = float(bool(run.signals.stop)), float(run.signals.save)
+    sums["plan"] = float(run.coordinator.ready)
+    times = world.meter.take()
+    seconds = torch.zeros(2, world.size, dtype=torch.float64)
+    seconds[:, world.rank] = torch.tensor([sum(times.expert_s.values()), times.dense_s])
     lr = learning_rate(t, progress.step, config.train_steps)
-    result = run.engine.step(lr, torch.tensor([float(sums[k]) for k in SUMS], dtype=torch.float64))
+    result = run.engine.step(lr, torch.cat([torch.tensor([float(sums[k]) for k in SUMS], dtype=torch.float64),
+                                            seconds.flatten()]))
     for layer, moe in run.model.moe_layers():
         if config.router.bias_rate:
             moe.router.update_bias(demands[layer])
     progress.step += 1
     progress.phase_step += 1
     progress.sequences += t.batch
-    return dict(zip(SUMS, result.sums.tolist())), result.grad_norm, loads
+    summed = result.sums.tolist()
+    expert_s, dense_s = result.sums[len(SUMS):].view(2, -1).tolist()
+    ranks = RankTimes(rows, [n * t.accumulate * sequence for n in counts], expert_s, dense_s)
+    return StepReport(dict(zip(SUMS, summed)), result.grad_norm, loads, ranks, times)
 
 
 def _weighted_aux(run: Run, reports: dict[int, LayerReport],
@@ -114,8 +149,8 @@ def evaluate(run: Run) -> None:
                         f"({result.tokens} tokens, {time.perf_counter() - start:.1f} s)")
 
 
-def _log(run: Run, sums: dict[str, float], norm: float, loads: dict[int, torch.Tensor], clock: "_Clock") -> None:
-    config, step = run.config, run.progress.step
+def _log(run: Run, report: StepReport, clock: "_Clock") -> None:
+    config, step, sums, loads, norm = run.config, run.progress.step, report.sums, report.loads, report.grad_norm
     tokens, layers = config.train.batch * config.data.sequence_length, max(len(loads), 1)
     values = {
         "train/loss": sums["loss"] / tokens,
@@ -131,7 +166,8 @@ def _log(run: Run, sums: dict[str, float], norm: float, loads: dict[int, torch.T
             "train/balance_loss": sums["balance_loss"] / tokens / layers, "train/z_loss": sums["z_loss"] / tokens / layers,
             "moe/router_entropy": sums["entropy"] / tokens / layers,
             "moe/dropped_fraction": sums["dropped_rows"] / max(rows + sums["dropped_rows"], 1),
-            **load_metrics(loads.values(), [run.plan.layer(i).owner_of_expert() for i in loads]),
+            **load_metrics(loads.values(), report.ranks.rows.values()),
+            "moe/expert_ms": 1e3 * max(report.ranks.expert_s), "moe/expert_over_mean": report.ranks.expert_over_mean,
         }
     line = (f"step {step:>6}/{config.train_steps}  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
             f"grad {norm:.2f}  {values['perf/tokens_per_s']:,.0f} tokens/s  ETA {run.recorder.eta(step)}")

@@ -78,7 +78,7 @@ def test_resolved_yaml_reads_back_equal_and_explains_every_key(tmp_path):
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(ConfigError, match="no configuration file"):
+    with pytest.raises(ConfigError, match="no file"):
         load_config(tmp_path / "none.yaml")
     for text in ("a: [", "- just\n- a list\n", "", "\x00"):
         (tmp_path / "bad.yaml").write_text(text)

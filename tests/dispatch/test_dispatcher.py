@@ -1,9 +1,12 @@
 """Dispatch by hand: ten rows, two ranks; and the number of collectives."""
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moedist.dispatch import Dispatcher, Layout, build_transport
-from moedist.placement import LayerPlan
+from moedist.dispatch.layout import split_rows
+from moedist.placement import LayerPlan, split_batch
 from tests.moe_cases import Case, build_layer
 from tests.ranks import run_ranks
 
@@ -76,3 +79,22 @@ def test_one_count_exchange_and_two_row_exchanges_each_way():
     for sequences in ((2, 1), (0, 3), (0, 0)):
         for forward, backward in run_ranks(2, count_collectives, sequences):
             assert forward == ["counts", "rows", "rows"] and backward == ["rows", "rows"]
+
+
+def test_copies_take_their_shares_and_rows_stay_where_a_copy_is():
+    # 4, 0 and 2 rows; half for the copy on rank 0, half for that on rank 2: rank 0 sends one row, rank 2 keeps its two
+    assert split_rows(torch.tensor([4, 0, 2]), [0, 2], (0.5, 0.5)).tolist() == [[3, 1], [0, 0], [0, 2]]
+    assert split_rows(torch.tensor([0, 5, 0]), [0, 2], (0.4, 0.6)).tolist() == [[0, 0], [2, 3], [0, 0]]
+    assert split_rows(torch.tensor([0, 0, 0]), [0, 1, 2], (0.2, 0.3, 0.5)).tolist() == [[0] * 3] * 3
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.data())
+def test_split_rows_conserves(rows, data):
+    owners = sorted(data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1)))
+    parts = data.draw(st.lists(st.integers(0, 9), min_size=len(owners), max_size=len(owners)).filter(any))
+    shares = tuple(p / sum(parts) for p in parts)
+    split = split_rows(torch.tensor(rows), owners, shares)
+    assert split.sum(1).tolist() == rows and bool((split >= 0).all())
+    assert split.sum(0).tolist() == split_batch(sum(rows), shares)
+    for copy, owner in enumerate(owners):
+        assert split[owner, copy] == min(rows[owner], split[:, copy].sum()), "a rank keeps what its copy has room for"

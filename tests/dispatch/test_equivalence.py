@@ -20,15 +20,21 @@ def check_equals_one_process(case: Case) -> None:
     assert sum(p.loss for p in parts) == pytest.approx(alone.loss, rel=1e-10, abs=1e-10)
     for name, grad in alone.grads.items():
         torch.testing.assert_close(sum(p.grads[name] for p in parts), grad, **EXACT)
-    expert_grads = {}
+    expert_grads: dict[str, torch.Tensor] = {}
     for part in parts:
-        assert not expert_grads.keys() & part.expert_grads.keys()
-        expert_grads.update(part.expert_grads)
+        for name, grad in part.expert_grads.items():  # the gradient of an expert is the sum over its copies
+            expert_grads[name] = expert_grads.get(name, 0) + grad
     assert expert_grads.keys() == alone.expert_grads.keys()
     for name, grad in alone.expert_grads.items():
         torch.testing.assert_close(expert_grads[name], grad, **EXACT)
+    load_E = alone.load.sum(0)
+    wanted_W = [sum(float(load_E[e]) * share for e, (ranks, shares) in enumerate(zip(case.plan().owners, case.plan().shares))
+                    for rank, share in zip(ranks, shares) if rank == r) for r in range(len(parts))]
     for part in parts:
-        assert torch.equal(part.load.sum(0), alone.load.sum(0))
+        assert torch.equal(part.load.sum(0), load_E)
+        assert part.rows_W == parts[0].rows_W and sum(part.rows_W) == load_E.sum()
+        for rows, wanted in zip(part.rows_W, wanted_W):
+            assert abs(rows - wanted) <= len(case.owners), "every copy gets its share, to a row"
 
 
 @st.composite
@@ -36,13 +42,19 @@ def cases(draw, router: str) -> Case:
     world = draw(st.integers(1, 4))
     experts = draw(st.integers(1, 9))
     top_k = 1 if router == "switch" else draw(st.sampled_from([k for k in (1, 2, 8) if k <= experts]))
-    owners = draw(st.lists(st.integers(0, world - 1), min_size=experts, max_size=experts))
+    one = st.integers(0, world - 1)
+    some = st.sets(one, min_size=1).map(lambda ranks: tuple(sorted(ranks)))
+    owners = draw(st.lists(draw(st.sampled_from([one, some])), min_size=experts, max_size=experts))
     sequences = draw(st.lists(st.integers(0, 3), min_size=world, max_size=world))
     widths = draw(st.one_of(st.just([]), st.lists(st.integers(1, 6), min_size=experts, max_size=experts)))
+    parts = [draw(st.lists(st.integers(0, 4), min_size=len(o), max_size=len(o)).filter(any)) if isinstance(o, tuple) else [1]
+             for o in owners]
+    shares = tuple(tuple(p / sum(ps) for p in ps) for ps in parts)
     return Case(tuple(owners), tuple(sequences), router, top_k, sequence=draw(st.integers(1, 7)), widths=tuple(widths),
                 activation=draw(st.sampled_from(["swiglu", "gelu"])),
                 capacity_factor=draw(st.sampled_from([None, 0.5, 1.0])), seed=draw(st.integers(0, 1000)),
-                shared=3 if router == "shared_expert" else 0, training=draw(st.booleans()))
+                shared=3 if router == "shared_expert" else 0, training=draw(st.booleans()),
+                shares=shares)
 
 
 @pytest.mark.parametrize("router", sorted(ROUTERS))

@@ -68,7 +68,7 @@ def test_norm_is_over_dense_and_expert_gradients():
     engine = engine_of(World(), [4])
     ids = torch.arange(12).view(2, 6)
     engine.backward(engine.model(Batch(ids, ids, 0))[0].pow(3).sum())
-    grads = [p.grad for p in [*engine.dense.values(), *engine.experts] if p.grad is not None]
+    grads = [p.grad for p in [*engine.dense.values(), *engine.experts.parameters()] if p.grad is not None]
     expected = torch.cat([g.flatten() for g in grads]).norm().item()
     assert engine.step(0.0, torch.zeros(0, dtype=torch.float64)).grad_norm == pytest.approx(expected, rel=1e-12)
 

@@ -12,13 +12,13 @@ from moedist.monitor.recorder import wandb_mode
 
 
 def test_load_metrics_by_hand():
-    # two ranks, four experts: totals 8, 4, 0, 4; rank 0 owns the first three
+    # two ranks, four experts: totals 8, 4, 0, 4; rank 0 computes the first three
     load_WE = torch.tensor([[6, 1, 0, 3], [2, 3, 0, 1]])
-    values = load_metrics([load_WE], [[0, 0, 0, 1]])
+    values = load_metrics([load_WE], [[12, 4]])
     assert values == {"moe/load_imbalance": 2.0, "moe/rank_imbalance": 1.5, "moe/unused_experts": 1}
-    both = load_metrics([load_WE, torch.ones(2, 4, dtype=torch.int64)], [[0, 0, 0, 1], [0, 0, 1, 1]])
+    both = load_metrics([load_WE, torch.ones(2, 4, dtype=torch.int64)], [[12, 4], [4, 4]])
     assert both == {"moe/load_imbalance": 1.5, "moe/rank_imbalance": 1.25, "moe/unused_experts": 1}
-    assert load_metrics([], []) == {} == load_metrics([torch.zeros(2, 4)], [[0, 0, 1, 1]])
+    assert load_metrics([], []) == {} == load_metrics([torch.zeros(2, 4)], [[0, 0]])
 
 
 def recorder(tmp_path, is_main=True):

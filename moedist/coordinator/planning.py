@@ -1,0 +1,145 @@
+"""From speeds and loads to a plan: the problem of every layer, the batch, and whether a change pays. Rank 0 does this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping, Sequence
+
+from moedist.config import PlacementConfig
+from moedist.coordinator.facts import RankFacts
+from moedist.coordinator.sizes import Sizes
+from moedist.coordinator.speeds import Speeds
+from moedist.errors import PlacementError
+from moedist.placement import (LayerPlan, Plan, Problem, Replan, bound, makespan, plan_batch, plan_layer, rank_loads,
+                               replan_layer, split_batch)
+
+MEMORY_PART = 0.8  # of what is free: the rest is for buffers and what the allocator wastes
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The ranks as the planner sees them: speeds now, and what does not change."""
+
+    facts: tuple[RankFacts, ...]
+    expert: Speeds
+    dense: Speeds
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan, and what is expected of it.
+
+    Attributes:
+        reason: what has changed, for people; empty where the old plan stays.
+        expert_s: predicted expert phase of a step, summed over layers; old_expert_s: with the plan in force.
+        bound_s: no placement is faster than this.
+        moved: placements that were not there before, over all layers.
+    """
+
+    plan: Plan
+    reason: str
+    expert_s: float
+    old_expert_s: float
+    bound_s: float
+    moved: int
+
+    @property
+    def stays(self) -> bool:
+        return not self.reason
+
+
+def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes, config: PlacementConfig) -> dict[int, Problem]:
+    """The problem of every MoE layer.
+
+    Args:
+        loads: expert rows a step, [E], by layer.
+    """
+    facts = cluster.facts
+    links = [f.alltoall_bytes_per_s for f in facts if f.alltoall_bytes_per_s > 0]
+    slots = tuple(config.max_experts) if config.max_experts is not None else \
+        tuple(sizes.expert_slots(MEMORY_PART * f.free_bytes) for f in facts)
+    if sum(slots) < sizes.experts:
+        raise PlacementError(f"{sizes.experts} experts a layer do not fit: by memory the ranks can hold {list(slots)} "
+                             f"({', '.join(f'{f.free_bytes / 2**30:.1f}' for f in facts)} GiB free, an expert takes "
+                             f"{4 * sizes.expert_bytes / 2**20:.1f} MiB with its optimizer in each of {len(sizes.moe_layers)} "
+                             "layers); add ranks or make experts smaller")
+    return {layer: Problem(
+        loads=tuple(float(f) for f in loads[layer]), speeds=cluster.expert.effective(max(sum(loads[layer]), 1), sizes.calls),
+        slots=slots, islands=tuple(f.island for f in facts), max_copies=config.max_copies,
+        copy_cost_s=2 * sizes.expert_bytes / min(links) if links else 0.0, hot_copies=config.hot_copies)
+        for layer in sizes.moe_layers}
+
+
+def batch_counts(cluster: Cluster, layers: Sequence[LayerPlan], sizes: Sizes, config: PlacementConfig) -> list[int]:
+    """Sequences of one forward pass per rank, by dense speed and memory."""
+    speeds = cluster.dense.effective(sizes.tokens, sizes.calls)
+    caps = config.max_batch
+    if caps is None:
+        held = [sum(len(layer.experts_of_rank(f.rank)) for layer in layers) for f in cluster.facts]
+        caps = [sizes.sequence_slots(MEMORY_PART * f.free_bytes, n) for f, n in zip(cluster.facts, held)]
+    return plan_batch(sizes.part, speeds, caps)
+
+
+def first_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]] | None, sizes: Sizes, config: PlacementConfig) -> Proposal:
+    """A plan from nothing; without loads every expert is taken to get the same."""
+    loads = loads or {layer: [sizes.rows / sizes.experts] * sizes.experts for layer in sizes.moe_layers}
+    found = problems(cluster, loads, sizes, config)
+    layers = {layer: plan_layer(problem) for layer, problem in found.items()}
+    counts = batch_counts(cluster, list(layers.values()), sizes, config)
+    return _proposal(found, layers, counts, None, cluster, "planned from measured speeds")
+
+
+def next_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes, config: PlacementConfig, old: Plan,
+              horizon: int) -> Proposal:
+    """The plan to go on with: the old one, unless a change pays back within `horizon` steps."""
+    facts = cluster.facts
+    found = problems(cluster, loads, sizes, config)
+    links = [f.alltoall_bytes_per_s for f in facts if f.alltoall_bytes_per_s > 0]
+    move_s = 3 * sizes.expert_bytes / min(links) if links else 0.0  # weights and two moments
+    replans: dict[int, Replan] = {layer: replan_layer(problem, old.layer(layer), move_s, horizon, config.tolerance)
+                                  for layer, problem in found.items()}
+    before = sum(makespan(old.layer(layer), problem) for layer, problem in found.items())
+    after = sum(r.makespan_s for r in replans.values())
+    if after > (1 - config.tolerance) * before:  # not worth it for all layers together
+        layers = {layer: old.layer(layer) for layer in found}
+    else:
+        layers = {layer: r.layer for layer, r in replans.items()}
+    old_counts = split_batch(sizes.part, old.batch_shares)
+    counts = batch_counts(cluster, list(layers.values()), sizes, config)
+    if _slowest(cluster, counts, sizes) > (1 - config.tolerance) * _slowest(cluster, old_counts, sizes):
+        counts = old_counts
+    changed = [what for what, differs in (("experts", any(layers[i] != old.layer(i) for i in layers)),
+                                          ("batch", counts != old_counts)) if differs]
+    reason = f"{' and '.join(changed)} move: {_why(cluster, old)}" if changed else ""
+    return _proposal(found, layers, counts, old, cluster, reason)
+
+
+def _slowest(cluster: Cluster, counts: Sequence[int], sizes: Sizes) -> float:
+    """Predicted dense time of a step."""
+    return max(cluster.dense.seconds(r, n * sizes.calls * sizes.sequence, sizes.calls) for r, n in enumerate(counts))
+
+
+def _why(cluster: Cluster, old: Plan) -> str:
+    """Ranks whose speed is no longer what the old plan was made for; else the loads are the reason."""
+    changes = []
+    for fact, now, then in zip(cluster.facts, cluster.expert.per_s, old.speeds):
+        if then and not 0.8 < now / then < 1.25:
+            changes.append(f"rank {fact.rank} ({fact.host}, {fact.device}) does {now:,.0f} expert rows/s, {now / then:.2f} of "
+                           f"the {then:,.0f} the last plan was made for")
+    return "; ".join(changes) or "the experts' loads have changed"
+
+
+def _proposal(found: Mapping[int, Problem], layers: Mapping[int, LayerPlan], counts: Sequence[int], old: Plan | None,
+              cluster: Cluster, reason: str) -> Proposal:
+    ranks = len(cluster.facts)
+    seconds = [0.0] * ranks
+    for layer, problem in found.items():
+        for r, load in enumerate(rank_loads(layers[layer], problem.loads, ranks)):
+            seconds[r] += load / problem.speeds[r] if load else 0.0
+    plan = Plan(ranks, tuple(layers.items()), tuple(float(n) for n in counts), cluster.expert.per_s,
+                tuple(1e3 * s for s in seconds))
+    held = {(i, e, r) for i, layer in (old.layers if old else ()) for e, owners in enumerate(layer.owners) for r in owners}
+    moved = sum((i, e, r) not in held for i, layer in plan.layers for e, owners in enumerate(layer.owners) for r in owners)
+    expert_s = sum(makespan(layers[i], problem) for i, problem in found.items())
+    old_s = sum(makespan(old.layer(i), problem) for i, problem in found.items()) if old else expert_s
+    return Proposal(plan, reason, expert_s, old_s, sum(bound(problem) for problem in found.values()), moved if old else 0)

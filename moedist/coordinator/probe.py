@@ -1,0 +1,183 @@
+"""Measure every rank: experts, the rest of the model, links and memory, before anything is placed.
+
+All ranks measure at the same time, since in training they share caches, cores and links too, and in rounds over some
+seconds: a burst of measurements on a busy machine is off by half, the median of rounds is not.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Callable, Sequence
+
+import torch
+
+from moedist.config import Config
+from moedist.coordinator.facts import RankFacts
+from moedist.coordinator.probe_fit import Line, fit_line, sample_sizes, spread_of
+from moedist.coordinator.probe_links import measure_exchange, measure_host_copy
+from moedist.coordinator.probe_machine import Memory, device_memory, device_name, host_name
+from moedist.coordinator.probe_work import Sample, Work, compute_dtype, dense_work, expert_work
+from moedist.coordinator.sizes import Sizes
+from moedist.dispatch import Transport
+from moedist.monitor.table import table
+from moedist.world import World, return_freed_memory
+
+ROUNDS = 5  # at least; a single long round is worth less than several short ones
+MOST_ROUNDS = 100
+GOAL_ROUNDS = 8  # amounts are chosen so that about so many fit in the time
+LEAST_SCALE = 1 / 8  # of the amounts that a rank would get; smaller ones say little about them
+MEMORY_PART = 0.25  # of what is free, that a measurement may take
+NOISY = 0.2  # a spread above it is worth another series
+POOR_FIT = 0.15
+
+
+@dataclass
+class _Series:
+    """One rank's times of one kind of work: a row for every round, an entry for every amount."""
+
+    samples: list[Sample]
+    rounds: list[list[float]] = field(default_factory=list)
+
+    def run(self) -> list[float]:
+        return [sample.seconds() for sample in self.samples]
+
+    def line(self) -> Line:
+        return fit_line([s.amount for s in self.samples], [statistics.median(t) for t in zip(*self.rounds)])
+
+    def spread(self) -> float:
+        return spread_of([sum(times) for times in self.rounds])
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """A fitted speed with the spread of its rounds."""
+
+    line: Line
+    spread: float = 0.0
+
+    @classmethod
+    def given(cls, per_s: float) -> "_Speed":
+        return cls(Line(0.0, per_s, 0.0))
+
+
+def probe(world: World, config: Config, vocab: int, transport: Transport,
+          say: Callable[[str], None] = lambda text: None) -> list[RankFacts]:
+    """Facts of every rank, on every rank, in rank order. Collective; takes about `placement.probe_s` seconds.
+
+    Speeds that the configuration gives are taken as they are. The random state and the memory stay as they were.
+
+    Args:
+        vocab: size of the vocabulary.
+        say: is told, on every rank, what people should know of the measurement.
+    """
+    memory = _memory(world)  # before anything large is allocated
+    p = config.placement
+    given = {"expert": p.speeds, "dense": p.speeds if p.dense_speeds is None else p.dense_speeds}
+    speeds = {name: _Speed.given(values[world.rank]) for name, values in given.items() if values is not None}
+    devices = [] if world.device.type == "cpu" else [world.device]
+    with torch.random.fork_rng(devices, device_type=world.device.type if devices else "cuda"):
+        torch.manual_seed(0)
+        speeds |= _measure(world, config, vocab, [name for name in given if name not in speeds], memory, say)
+    bytes_per_s, latency_s = measure_exchange(world, transport, config.model.width, compute_dtype(config))
+    expert, dense = speeds["expert"], speeds["dense"]
+    mine = RankFacts(
+        rank=world.rank, host=host_name(), device=str(world.device), vendor=world.vendor,
+        device_name=device_name(world.device), island=world.islands[world.rank],
+        expert_call_s=expert.line.call_s, expert_rows_per_s=expert.line.per_s, expert_spread=expert.spread,
+        dense_call_s=dense.line.call_s, dense_tokens_per_s=dense.line.per_s, dense_spread=dense.spread,
+        alltoall_bytes_per_s=bytes_per_s, alltoall_latency_s=latency_s,
+        host_copy_bytes_per_s=measure_host_copy(world.device), free_bytes=memory.free, total_bytes=memory.total,
+        measured=all(values is None for values in given.values()))
+    _return_memory(world)
+    return world.gather_objects(mine)
+
+
+def _memory(world: World) -> Memory:
+    """This rank's part of its device's memory."""
+    mine = (host_name(), str(world.device))
+    sharing = world.gather_objects(mine).count(mine)
+    memory = device_memory(world.device)
+    return Memory(memory.free // sharing, memory.total // sharing)
+
+
+def _measure(world: World, config: Config, vocab: int, wanted: Sequence[str], memory: Memory,
+             say: Callable[[str], None]) -> dict[str, _Speed]:
+    """This rank's speed in each kind of work. Every rank must call it, with the same `wanted`."""
+    if not wanted:
+        return {}
+    sizes, budget = Sizes.of(config, vocab), config.placement.probe_s
+    series = {}
+    for name in wanted:
+        work = expert_work(config, sizes, world) if name == "expert" else dense_work(config, sizes, vocab, world)
+        series[name] = _prepare(work, world.size, budget / GOAL_ROUNDS / len(wanted), memory.free)
+    start = time.perf_counter()
+    for one in series.values():
+        one.run()  # warms up, at full size
+    slowest = max(world.gather_objects(time.perf_counter() - start))
+    rounds = min(MOST_ROUNDS, max(ROUNDS, int(budget / slowest))) if slowest < budget else 2
+    if rounds < ROUNDS:
+        say(f"probe: one round of measurements takes {slowest:.1f} s, so there are {rounds} only; raise placement.probe_s "
+            f"(now {budget:g}) to {ROUNDS * slowest:.0f} for better ones")
+    _run_rounds(world, series, rounds)
+    if any(_noisy(world, series)):
+        _run_rounds(world, series, rounds)
+    for rank, (name, spread) in _noisy(world, series):
+        say(f"probe: rank {rank}: {name} times spread by {100 * spread:.0f} % over {len(series[name].rounds)} rounds; the "
+            "machine is busy, and its plan is as uncertain")
+    errors = world.gather_objects({name: one.line().error for name, one in series.items()})
+    for rank, of_rank in enumerate(errors):
+        for name, error in of_rank.items():
+            if error > POOR_FIT:
+                say(f"probe: rank {rank}: {name} times are up to {100 * error:.0f} % off the line of call + amount / speed")
+    return {name: _Speed(one.line(), one.spread()) for name, one in series.items()}
+
+
+def _prepare(work: Work, ranks: int, allowed_s: float, free_bytes: int) -> _Series:
+    """Measurements of amounts around what a rank gets, or of less where a round of them would take longer than allowed.
+
+    A slow rank ends up with less, as it does when work is planned.
+    """
+    top = min(2.0, ranks)  # a fast rank gets more than its equal share, if there are others
+    scales = [top / 4, top / 2, top]
+    least = work.sample(sample_sizes(work.share * LEAST_SCALE, scales, work.unit)[0])
+    least.seconds()  # warms up
+    seconds = min(least.seconds() for _ in range(2))
+    fits = MEMORY_PART * free_bytes / (work.unit_bytes * work.share * top)
+    in_time = allowed_s * least.amount / (seconds * work.share * sum(scales))
+    scale = min(1.0, fits, max(LEAST_SCALE, in_time))
+    return _Series([work.sample(n) for n in sample_sizes(work.share * scale, scales, work.unit)])
+
+
+def _run_rounds(world: World, series: dict[str, _Series], rounds: int) -> None:
+    for _ in range(rounds):
+        world.barrier()
+        for one in series.values():
+            one.rounds.append(one.run())
+
+
+def _noisy(world: World, series: dict[str, _Series]) -> list[tuple[int, tuple[str, float]]]:
+    """(rank, (kind of work, spread)) of all whose rounds spread too far; the same on every rank."""
+    spreads = world.gather_objects([(name, one.spread()) for name, one in series.items()])
+    return [(rank, pair) for rank, pairs in enumerate(spreads) for pair in pairs if pair[1] > NOISY]
+
+
+def _return_memory(world: World) -> None:
+    gc.collect()
+    if world.device.type == "cpu":
+        return_freed_memory()
+    elif empty_cache := getattr(torch.get_device_module(world.device), "empty_cache", None):
+        empty_cache()
+
+
+def describe(facts: Sequence[RankFacts]) -> str:
+    """The facts as a table, one line a rank."""
+    fastest = max(f.expert_rows_per_s for f in facts)
+    rows = [[f.rank, f.host, f.device, f.device_name, f.island, f"{f.expert_rows_per_s:,.0f}",
+             f"{f.expert_rows_per_s / fastest:.3f}", f"{100 * f.expert_spread:.0f} %" if f.measured else "given",
+             f"{f.dense_tokens_per_s:,.0f}", f"{100 * f.dense_spread:.0f} %" if f.measured else "given",
+             f"{f.alltoall_bytes_per_s / 1e6:,.0f}", f"{f.free_bytes / 2**30:.1f}"] for f in facts]
+    return table(["rank", "host", "device", "name", "island", "expert rows/s", "of fastest", "spread", "dense tokens/s",
+                  "spread", "all-to-all MB/s", "free GiB"], rows)

@@ -1,0 +1,74 @@
+"""How large the parts of a model are, and how much work a step is: what planning needs to know of a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moedist.config import Config
+
+STATES = 4  # values a parameter takes while training: weight, gradient, two Adam moments
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model and its training step.
+
+    Attributes:
+        experts, top_k, moe_layers: as configured; `moe_layers` are indices of blocks.
+        part, calls: sequences of one forward pass over all ranks, and forward passes of a step.
+        sequence: tokens of a sequence.
+        expert_bytes: weights of one expert.
+        dense_bytes: weights of all that is not expert.
+        token_bytes: activations that one token of one forward pass keeps until its backward pass, estimated.
+        row_bytes: one row of activations, as it is sent.
+    """
+
+    experts: int
+    top_k: int
+    moe_layers: tuple[int, ...]
+    part: int
+    calls: int
+    sequence: int
+    expert_bytes: int
+    dense_bytes: int
+    token_bytes: int
+    row_bytes: int
+
+    @classmethod
+    def of(cls, config: Config, vocab: int) -> "Sizes":
+        m, t = config.model, config.train
+        value = 8 if t.dtype == "float64" else 4
+        gate = 3 if m.activation == "swiglu" else 2
+        moe = config.moe_layers()
+        head = m.width // m.heads
+        attention = m.width * head * (m.heads + 2 * m.kv_heads) + m.width * m.width
+        dense = vocab * m.width * (1 if m.tie_embeddings else 2) + m.layers * attention \
+            + (m.layers - len(moe)) * gate * m.width * m.ffn_hidden \
+            + len(moe) * (m.width * m.experts + gate * m.width * m.expert_hidden * m.shared_experts)
+        low = 2 if t.dtype in ("bfloat16", "float16") else value
+        # per block: norms and residuals, q, k, v, attention's result, K rows in and out with their hidden values
+        block = m.width * (2 * value + 4 * low) + m.top_k * (2 * m.width + (gate - 1) * m.expert_hidden) * low
+        per_token = (m.width * value * m.layers if m.recompute else block * m.layers) + block
+        return cls(m.experts, m.top_k, tuple(moe), t.batch // t.accumulate, t.accumulate, config.data.sequence_length,
+                   gate * m.width * m.expert_hidden * value, dense * value, per_token, m.width * low)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.part * self.calls * self.sequence
+
+    @property
+    def rows(self) -> int:
+        """Expert rows of a layer in one step, where every token goes to top_k experts."""
+        return self.tokens * self.top_k
+
+    def expert_slots(self, free_bytes: float) -> int:
+        """Experts of one layer that fit beside the dense part and one sequence, when every MoE layer gets as many."""
+        left = free_bytes - STATES * self.dense_bytes - self.sequence * self.token_bytes
+        per_slot = STATES * self.expert_bytes * max(len(self.moe_layers), 1)
+        return max(0, int(left // per_slot))
+
+    def sequence_slots(self, free_bytes: float, experts: int) -> int:
+        """Sequences of one forward pass that fit beside the dense part and `experts` experts over all layers."""
+        left = free_bytes - STATES * (self.dense_bytes + experts * self.expert_bytes)
+        return max(0, int(left // (self.sequence * self.token_bytes)))
