@@ -53,7 +53,7 @@ def build_method(name: str, **options: Any) -> Method:
     for option, value in options.items():
         kind = type(known[option])
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise CompressError(f"{option} of method {name} is {value!r}: it must be a {kind.__name__}, like the default "
+            raise CompressError(f"{option} of method {name} is {value!r}: it must be of type {kind.__name__}, like the default "
                                 f"{known[option]!r}")
     return METHODS[name](**options)
 

@@ -145,8 +145,11 @@ class _Rooms:
 
     def take(self, key: Key, size: int) -> bool:
         owners = self.budget.limited(key)
-        self.closed |= {owner for owner in owners if self.used[owner] + size > self.limits[owner]}
         if not self.closed.isdisjoint(owners):
+            return False  # before the rest: units after one that was passed over must not close the other owners
+        full = {owner for owner in owners if self.used[owner] + size > self.limits[owner]}
+        self.closed |= full
+        if full:
             return False
         self.add(key, size)
         return True

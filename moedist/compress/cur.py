@@ -158,6 +158,6 @@ class PruneRandom(JointMethod):
     seed: int = 0
 
     def rank(self, expert: Expert, calibration: Calibration) -> tuple[torch.Tensor, torch.Tensor]:
-        order = torch.randperm(expert.hidden, generator=torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(expert.hidden, generator=torch.Generator().manual_seed(self.seed), device="cpu")
         order = order.to(expert.up.device)
         return order, torch.ones(expert.hidden, dtype=torch.float64, device=order.device)
