@@ -53,8 +53,8 @@ def build_method(name: str, **options: Any) -> Method:
     for option, value in options.items():
         kind = type(known[option])
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise CompressError(f"{option} of method {name} is {value!r}: it must be of type {kind.__name__}, like the default "
-                                f"{known[option]!r}")
+            raise CompressError(f"{option} of method {name} is {value!r}: it must be of type {kind.__name__}, like the "
+                                f"default {known[option]!r}")
     return METHODS[name](**options)
 
 

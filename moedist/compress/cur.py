@@ -119,10 +119,10 @@ class JointMethod(Method):
 class Cur(JointMethod):
     """The default: neurons by Fisher score, sum over tokens of (h_j dL/dh_j)^2, with the least-squares down projection.
 
-    The score is twice the Fisher estimate of the rise in loss without neuron j (Theis et al. 2018, arXiv 1801.05787,
-    section 2; with one token a sample, the gate score of Molchanov et al. 2019, arXiv 1906.10771, eq. 8), comparable
-    over experts and layers, so one ranking serves all. An expert whose score is zero throughout (no tokens) is worth
-    nothing against others and is ranked by magnitude within.
+    The score is twice the Fisher estimate of the rise in loss without neuron j (Theis et al. 2018, arXiv 1801.05787;
+    with one token a sample, the gate score of Molchanov et al. 2019, arXiv 1906.10771, eq. 8), comparable over experts
+    and layers, so one ranking serves all. An expert whose score is zero throughout (no tokens) is worth nothing against
+    others and is ranked by magnitude within.
     """
 
     @property

@@ -130,6 +130,8 @@ class Svd(LowRank):
 
     Each of the r terms has its norm shared evenly between its column and its row. What a norm leaves in the factors may
     differ by many orders of magnitude (gradients are small), and no one learning rate would train both.
+
+    Weights alone say little about what a matrix is worth against others: give it a uniform budget.
     """
 
     def cost(self, rank: int, rows: int, columns: int) -> tuple[int, int]:
@@ -144,7 +146,11 @@ class Svd(LowRank):
 @dataclass(frozen=True)
 class SvdWhitened(Svd):
     """Baseline: SVD of the whitened matrix, the least output error for the tokens' inputs (SVD-LLM, Wang et al. 2024,
-    arXiv 2403.07378, section 3.1); r (F + D) numbers."""
+    arXiv 2403.07378, section 3.1); r (F + D) numbers.
+
+    The outputs of gate and up are neurons, those of down the expert's: their errors do not compare, and a uniform budget
+    (as in the paper) does it more justice than a global one.
+    """
 
     norm: str = "inputs"
 
