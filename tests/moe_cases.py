@@ -81,7 +81,7 @@ def run_case(world: World, case: Case, device: str = "cpu", dtype: torch.dtype =
     y, report = layer(RouterInput(x, ids[mine].to(device), keys[mine].to(device), case.seed, case.training))
     loss = (y * probe.to(device, dtype)).sum() + sum(AUX_WEIGHTS[k] * v for k, v in report.aux_losses.items())
     loss.backward()
-    expert_grads = bank.split_by_name(bank.w_in.grad, bank.w_out.grad)
+    expert_grads = bank.split_by_name(tuple(p.grad for p in bank.parameters()))
     return Result(y.detach().cpu(), x.grad.cpu(), loss.item(),
                   {n: torch.zeros_like(p).cpu() if p.grad is None else p.grad.cpu()
                    for n, p in layer.named_parameters()},

@@ -2,7 +2,8 @@
 
 Layer by layer; within a layer in rounds, in each of which every pair of ranks has at most one expert in flight, so that
 the memory it takes is one layer's bank and one expert a pair. An expert's state lives on its primary and moves from old
-primary to new; copies then get their weights as after every step.
+primary to new; copies then get their weights as after every step. An expert brings its form and index vectors, and what
+has arrived decides of which kind a bank is.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 
 from moedist.dispatch import Dispatcher, Layout, Transport
 from moedist.engine import TorchEngine
-from moedist.engine.expert_optimizer import Pair
-from moedist.model import ExpertBank
+from moedist.model import Bank, BankTensors, ExpertForm, build_bank
+from moedist.model.bank import joined, spread
 from moedist.placement import LayerPlan, Plan
 from moedist.world import World
 
@@ -30,25 +31,37 @@ def migrate(world: World, engine: TorchEngine, new: Plan) -> int:
         dispatcher, layout = moe.dispatcher, Layout(new.layer(layer), world.rank, world.size)
         tensors = engine.experts.tensors(layer)
         if layout.plan.owners == dispatcher.layout.plan.owners:  # at most the shares differ
-            moe.place(moe.bank, Dispatcher(layout, dispatcher.transport, moe.bank.w_in.device))
+            moe.place(moe.bank, Dispatcher(layout, dispatcher.transport, moe.bank.device))
             moments[layer] = tensors[1:]
             continue
         rounds = rounds_of_moves(dispatcher.layout.plan, layout.plan)
         moved += sum(len(moves) for moves in rounds)
-        widths = _all_widths(world, moe.bank, layout.plan.experts)
-        bank = ExpertBank(layer, layout.local_experts, moe.bank.width, [widths[e] for e in layout.local_experts],
-                          moe.bank.activation, moe.bank.w_in.device, moe.bank.w_in.dtype)
-        target = [_like(bank), *(_zeros_like(bank) for _ in tensors[1:])]
+        bank = _empty_bank(world, moe.bank, dispatcher.layout, layout)
+        target = [bank.weights(), *(tuple(map(torch.zeros_like, bank.weights())) for _ in tensors[1:])]
         for e in set(moe.bank.expert_ids) & set(bank.expert_ids):
-            for here, there in zip(_blocks(bank, e, target), _blocks(moe.bank, e, tensors)):
-                here.copy_(there)
+            spread(joined(_blocks(moe.bank, e, tensors)), _blocks(bank, e, target))
         for moves in rounds:
             _carry_out(moves, moe.bank, tensors, bank, target, dispatcher.transport)
-        moe.place(bank, Dispatcher(layout, dispatcher.transport, bank.w_in.device))
+        moe.place(bank, Dispatcher(layout, dispatcher.transport, bank.device))
         model.banks[layer] = bank
         moments[layer] = target[1:]
     engine.placed(moments)
     return moved
+
+
+def _empty_bank(world: World, old: Bank, before: Layout, after: Layout) -> Bank:
+    """This rank's bank in the new layout, its index vectors filled; forms of newcomers come from their old primaries."""
+    described = {e: (old.form_of(e), old.indices_of(e).cpu().clone()) for e in before.primary_experts
+                 if not set(after.plan.owners[e]) <= set(before.plan.owners[e])}
+    known: dict[int, tuple[ExpertForm, torch.Tensor]] = {}
+    for of_rank in world.gather_objects(described):
+        known.update(of_rank)
+    known.update({e: (old.form_of(e), old.indices_of(e)) for e in old.expert_ids})
+    forms = [known[e][0] for e in after.local_experts]
+    bank = build_bank(old.layer, after.local_experts, forms, old.width, old.activation, old.device, old.dtype)
+    for e in bank.expert_ids:
+        bank.indices_of(e).copy_(known[e][1])
+    return bank
 
 
 Move = tuple[int, int, int]  # expert, from rank, to rank
@@ -68,7 +81,7 @@ def rounds_of_moves(old: LayerPlan, new: LayerPlan) -> list[list[Move]]:
     return [[(experts[i], *pair) for pair, experts in of_pair.items() if i < len(experts)] for i in range(rounds)]
 
 
-def _carry_out(moves: list[Move], old: ExpertBank, source: list[Pair], new: ExpertBank, target: list[Pair],
+def _carry_out(moves: list[Move], old: Bank, source: list[BankTensors], new: Bank, target: list[BankTensors],
                transport: Transport) -> None:
     """One exchange: what this rank sends and what it gets, each in the order of the other's rank."""
     outgoing = {to: _blocks(old, e, source) for e, at, to in moves if at == transport.rank}
@@ -76,29 +89,12 @@ def _carry_out(moves: list[Move], old: ExpertBank, source: list[Pair], new: Expe
     send, receive = ([sum(b.numel() for b in blocks.get(r, ())) for r in range(transport.world_size)]
                      for blocks in (outgoing, incoming))
     like = target[0][0]
-    flat = [block.reshape(-1) for r in sorted(outgoing) for block in outgoing[r]]
+    sent = [block for r in sorted(outgoing) for block in outgoing[r]]
     out = like.new_empty(sum(receive))
-    transport.exchange(torch.cat(flat) if flat else like.new_empty(0), send, receive, out=out)
-    here = [block for r in sorted(incoming) for block in incoming[r]]
-    for block, values in zip(here, out.split([b.numel() for b in here])):
-        block.copy_(values.view_as(block))
+    transport.exchange(joined(sent) if sent else like.new_empty(0), send, receive, out=out)
+    spread(out, [block for r in sorted(incoming) for block in incoming[r]])
 
 
-def _blocks(bank: ExpertBank, expert: int, tensors: list[Pair]) -> list[torch.Tensor]:
-    """The rows of one expert in its weights and moments, to be written to or read from."""
-    return [block for pair in tensors for block in bank.blocks_of(expert, *pair)]
-
-
-def _like(bank: ExpertBank) -> Pair:
-    return bank.w_in.detach(), bank.w_out.detach()
-
-
-def _zeros_like(bank: ExpertBank) -> Pair:
-    return torch.zeros_like(bank.w_in.detach()), torch.zeros_like(bank.w_out.detach())
-
-
-def _all_widths(world: World, bank: ExpertBank, experts: int) -> list[int]:
-    """The hidden width of every expert of a layer, from the ranks that hold them."""
-    widths_E = torch.zeros(experts, dtype=torch.int64)
-    widths_E[bank.expert_ids] = torch.tensor(bank.widths, dtype=torch.int64)
-    return world.all_reduce_(widths_E, "max").tolist()
+def _blocks(bank: Bank, expert: int, tensors: list[BankTensors]) -> list[torch.Tensor]:
+    """The numbers of one expert in its weights and moments, to be written to or read from."""
+    return [block for of_bank in tensors for block in bank.blocks_of(expert, of_bank)]

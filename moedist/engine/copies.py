@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from moedist.engine.expert_optimizer import Pair
-from moedist.model import Transformer
+from moedist.model import BankTensors, Transformer
 
 
 class Copies:
@@ -39,12 +38,12 @@ class Copies:
         """Add the copies' gradients to the primary's, in rank order, and clear the copies': the norm counts them once."""
         if not self.any:
             return
-        gradients = {layer: (bank.w_in.grad, bank.w_out.grad) for layer, bank in self._model.banks.items()}
+        gradients = {layer: tuple(p.grad for p in bank.parameters()) for layer, bank in self._model.banks.items()}
         received = self._exchange(gradients, self._primary_at, self._copy_at)
         for here, there in received:
             here.add_(there)
         for layer, e in (found for at in self._primary_at for found in at):
-            for block in self._model.banks[layer].blocks_of(e, *gradients[layer]):
+            for block in self._model.banks[layer].blocks_of(e, gradients[layer]):
                 block.zero_()
 
     @torch.no_grad()
@@ -52,16 +51,16 @@ class Copies:
         """Overwrite the copies with their primary's weights."""
         if not self.any:
             return
-        weights = {layer: (bank.w_in.detach(), bank.w_out.detach()) for layer, bank in self._model.banks.items()}
+        weights = {layer: bank.weights() for layer, bank in self._model.banks.items()}
         for here, there in self._exchange(weights, self._copy_at, self._primary_at):
             here.copy_(there)
 
-    def _exchange(self, pairs: dict[int, Pair], send: list[list[tuple[int, int]]],
+    def _exchange(self, tensors: dict[int, BankTensors], send: list[list[tuple[int, int]]],
                   receive: list[list[tuple[int, int]]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Send blocks of `pairs` to every rank; returns (block here, block that arrived for it), by rank."""
-        outgoing, incoming = ([self._blocks(pairs, found) for found in by_rank] for by_rank in (send, receive))
+        """Send blocks of `tensors` to every rank; returns (block here, block that arrived for it), by rank."""
+        outgoing, incoming = ([self._blocks(tensors, found) for found in by_rank] for by_rank in (send, receive))
         flat = [block.reshape(-1) for blocks in outgoing for block in blocks]
-        like = next(iter(pairs.values()))[0]
+        like = next(iter(tensors.values()))[0]
         buffer = torch.cat(flat) if flat else like.new_empty(0)
         sizes = [[sum(b.numel() for b in blocks) for blocks in by_rank] for by_rank in (outgoing, incoming)]
         out = like.new_empty(sum(sizes[1]))
@@ -70,5 +69,5 @@ class Copies:
         there = out.split([block.numel() for block in here])
         return [(h, t.view_as(h)) for h, t in zip(here, there)]
 
-    def _blocks(self, pairs: dict[int, Pair], found: list[tuple[int, int]]) -> list[torch.Tensor]:
-        return [block for layer, e in found for block in self._model.banks[layer].blocks_of(e, *pairs[layer])]
+    def _blocks(self, tensors: dict[int, BankTensors], found: list[tuple[int, int]]) -> list[torch.Tensor]:
+        return [block for layer, e in found for block in self._model.banks[layer].blocks_of(e, tensors[layer])]

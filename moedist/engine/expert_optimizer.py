@@ -7,11 +7,9 @@ from typing import Mapping
 import torch
 
 from moedist.config import TrainConfig
-from moedist.model import ExpertBank
+from moedist.model import Bank, BankTensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-Pair = tuple[torch.Tensor, torch.Tensor]  # shaped like a bank's w_in and w_out
 
 
 def adamw(groups: list[dict], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
@@ -29,7 +27,7 @@ def adamw(groups: list[dict], config: TrainConfig, device: torch.device) -> torc
 class ExpertOptimizer:
     """Holds the banks' Adam moments. `banks` is the model's own dict of this rank's experts by layer."""
 
-    def __init__(self, banks: Mapping[int, ExpertBank], config: TrainConfig, device: torch.device):
+    def __init__(self, banks: Mapping[int, Bank], config: TrainConfig, device: torch.device):
         self.banks, self._config, self._device = banks, config, device
         self._make()
 
@@ -46,21 +44,21 @@ class ExpertOptimizer:
             self._adamw.param_groups[0]["lr"] = lr
             self._adamw.step()
 
-    def tensors(self, layer: int) -> list[Pair]:
+    def tensors(self, layer: int) -> list[BankTensors]:
         """Weights, then each Adam moment, of the experts of a layer: detached views that can be written."""
         bank = self.banks[layer]
-        return [(bank.w_in.detach(), bank.w_out.detach()), *(self._moment(bank, moment) for moment in MOMENTS)]
+        return [bank.weights(), *(self._moment(bank, moment) for moment in MOMENTS)]
 
-    def rebuild(self, moments: Mapping[int, list[Pair]], updates: float) -> None:
+    def rebuild(self, moments: Mapping[int, list[BankTensors]], updates: float) -> None:
         """Go on with the banks as they are now, and these moments of each layer.
 
         Args:
             updates: optimizer steps done, for Adam's bias correction.
         """
         self._make()
-        for layer, pairs in moments.items():
-            for moment, (m_in, m_out) in zip(MOMENTS, pairs):
-                for target, source in zip(self._moment(self.banks[layer], moment), (m_in, m_out)):
+        for layer, of_layer in moments.items():
+            for moment, sources in zip(MOMENTS, of_layer):
+                for target, source in zip(self._moment(self.banks[layer], moment), sources):
                     target.copy_(source)
         self.set_updates(updates)
 
@@ -68,8 +66,7 @@ class ExpertOptimizer:
         for state in self._adamw.state.values() if self._adamw is not None else ():
             state["step"].fill_(updates)
 
-    def _moment(self, bank: ExpertBank, moment: str) -> Pair:
-        if not bank.w_in.numel():
-            return bank.w_in.detach(), bank.w_out.detach()  # no experts here, so no state: empty all the same
-        w_in, w_out = (self._adamw.state[p][moment] for p in (bank.w_in, bank.w_out))
-        return w_in, w_out
+    def _moment(self, bank: Bank, moment: str) -> BankTensors:
+        if not bank.expert_ids:
+            return bank.weights()  # no experts here, so no state: empty all the same
+        return tuple(self._adamw.state[p][moment] for p in bank.parameters())

@@ -14,8 +14,8 @@ import torch
 
 from moedist.config import TrainConfig
 from moedist.engine.copies import Copies
-from moedist.engine.expert_optimizer import MOMENTS, ExpertOptimizer, Pair, adamw
-from moedist.model import Transformer
+from moedist.engine.expert_optimizer import MOMENTS, ExpertOptimizer, adamw
+from moedist.model import BankTensors, Transformer
 from moedist.world import World
 
 BUCKET_BYTES = 64 * 2**20  # gradients all-reduced at once
@@ -112,8 +112,8 @@ class TorchEngine:
                                               zip(flat.split([g.numel() for g in bucket]), bucket)])
                 bucket = []
 
-    def placed(self, moments: Mapping[int, list[Pair]]) -> None:
-        """The model's experts have moved: go on with the banks it has now, and these Adam moments of each layer."""
+    def placed(self, moments: Mapping[int, list[BankTensors]]) -> None:
+        """Experts have moved or changed: go on with the banks the model has now, and these Adam moments of each layer."""
         self.copies = Copies(self.model)
         self.experts.rebuild(moments, self.counters()["updates"])
         self.copies.send_weights()
@@ -121,15 +121,17 @@ class TorchEngine:
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Weights, buffers and optimizer moments by global name, detached; writing to them writes the training state.
 
-        Dense names are equal on every rank; an expert's names exist on its primary alone. After writing, `loaded`.
+        Dense names are equal on every rank; an expert's weights and moments exist on its primary alone, and its index
+        vectors, which training never sends to copies, wherever it is. After writing, `loaded`.
         """
         found = self.model.dense_state()
         for moment in MOMENTS:
             found.update({f"optimizer.{moment}.{name}": self.optimizer.state[p][moment] for name, p in self.dense.items()})
         prefixes = ("", *(f"optimizer.{moment}." for moment in MOMENTS))
         for layer, moe in self.model.moe_layers():
-            for prefix, pair in zip(prefixes, self.experts.tensors(layer)):
-                named = moe.bank.split_by_name(*pair, experts=moe.dispatcher.layout.primary_experts)
+            found.update(moe.bank.named_indices())
+            for prefix, tensors in zip(prefixes, self.experts.tensors(layer)):
+                named = moe.bank.split_by_name(tensors, moe.dispatcher.layout.primary_experts)
                 found.update({prefix + name: t for name, t in named.items()})
         return found
 

@@ -1,8 +1,12 @@
 """The network: transformer, MoE layer, expert banks, loss."""
 
-from moedist.model.experts import ExpertBank
+from moedist.model.bank import Bank, BankTensors
+from moedist.model.experts import ExpertBank, build_bank
+from moedist.model.factored import FactoredBank
+from moedist.model.forms import ExpertForm
 from moedist.model.loss import next_token_loss_sum
 from moedist.model.moe import LayerReport, MoELayer
 from moedist.model.transformer import Batch, Transformer
 
-__all__ = ["Batch", "ExpertBank", "LayerReport", "MoELayer", "Transformer", "next_token_loss_sum"]
+__all__ = ["Bank", "BankTensors", "Batch", "ExpertBank", "ExpertForm", "FactoredBank", "LayerReport", "MoELayer",
+           "Transformer", "build_bank", "next_token_loss_sum"]

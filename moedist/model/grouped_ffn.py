@@ -13,18 +13,14 @@ R rows sorted by expert, D model width, F hidden width of an expert, n rows of o
 
 from __future__ import annotations
 
-import functools
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Callable, ContextManager, Iterator, Sequence
 
 import torch
 
-ACTIVATIONS = {"swiglu": 2, "gelu": 1}  # rows of w_in per hidden neuron
-aten = torch.ops.aten
-
+from moedist.model.activations import ACTIVATIONS, activate, activate_backward
+from moedist.model.threads import in_threads
 
 GROUP_VALUES = 2**17  # activations of one group: half a megabyte in float32, a part of a core's cache
 GROUPS_PER_THREAD = 8  # enough to even out the threads
@@ -50,7 +46,7 @@ class Group:
     hidden: slice
 
     @property
-    def values(self) -> int:
+    def size(self) -> int:
         """n * F."""
         return self.count * self.width
 
@@ -106,23 +102,24 @@ class _GroupedFFN(torch.autograd.Function):
                 widths: list[int], activation: str, timed: Callable[[], ContextManager]) -> torch.Tensor:
         values = sum(c * w for c, w in zip(counts, widths))
         limit = min(GROUP_VALUES, values // (GROUPS_PER_THREAD * torch.get_num_threads()))
-        groups = make_groups(counts, widths, ACTIVATIONS[activation], limit)
-        largest = max((group.values for group in groups), default=0)
-        hidden, y = x.new_empty(values * ACTIVATIONS[activation]), torch.empty_like(x)
+        gate = ACTIVATIONS[activation]
+        groups = make_groups(counts, widths, gate, limit)
+        largest = max((group.size for group in groups), default=0)
+        hidden, y = x.new_empty(values * gate), torch.empty_like(x)
         x, w_in, w_out = x.detach(), w_in.detach(), w_out.detach()
 
         def run(queue: Iterator[Group]) -> None:
             scratch = x.new_empty(largest)
             for group in queue:
-                h, a = hidden[group.hidden].view(group.count, -1), scratch[:group.values].view(group.count, -1)
+                h, a = hidden[group.hidden].view(group.count, -1), scratch[:group.size].view(group.count, -1)
                 for e in group.experts:
                     torch.mm(x[e.rows], w_in[e.w_in].t(), out=h[e.in_group])
-                _activate(h, a, activation)
+                activate(h.chunk(gate, dim=1), a, activation)
                 for e in group.experts:
                     torch.mm(a[e.in_group], w_out[e.w_out], out=y[e.rows])
 
         with timed():
-            _in_threads(run, groups, x.device)
+            in_threads(run, groups, x.device)
         ctx.save_for_backward(x, w_in, w_out, hidden)
         ctx.groups, ctx.activation, ctx.timed = groups, activation, timed
         return y
@@ -130,21 +127,21 @@ class _GroupedFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple:
         x, w_in, w_out, hidden = ctx.saved_tensors
-        largest = max((group.values for group in ctx.groups), default=0)
+        gate, largest = ACTIVATIONS[ctx.activation], max((group.size for group in ctx.groups), default=0)
         dy = dy.contiguous()  # a sum's gradient arrives expanded
         grad_x = torch.empty_like(x)
         covered = sum(len(g.experts) * g.width for g in ctx.groups) == len(w_out)  # no expert without rows: all is written
         grad_in, grad_out = ((torch.empty_like if covered else torch.zeros_like)(w) for w in (w_in, w_out))
 
         def run(queue: Iterator[Group]) -> None:
-            scratch = x.new_empty(2 + ACTIVATIONS[ctx.activation], largest)
+            scratch = x.new_empty(2 + gate, largest)
             for group in queue:
                 h = hidden[group.hidden].view(group.count, -1)
-                a, grad_a = (buffer[:group.values].view(group.count, -1) for buffer in scratch[:2])
+                a, grad_a = (buffer[:group.size].view(group.count, -1) for buffer in scratch[:2])
                 grad_h = scratch[2:].flatten()[:h.numel()].view_as(h)
                 for e in group.experts:
                     torch.mm(dy[e.rows], w_out[e.w_out].t(), out=grad_a[e.in_group])
-                _activate_backward(h, a, grad_a, grad_h, ctx.activation)
+                activate_backward(h.chunk(gate, dim=1), a, grad_a, grad_h.chunk(gate, dim=1), ctx.activation)
                 for e in group.experts:
                     grad_h_e = grad_h[e.in_group]
                     torch.mm(a[e.in_group].t(), dy[e.rows], out=grad_out[e.w_out])
@@ -152,70 +149,5 @@ class _GroupedFFN(torch.autograd.Function):
                     torch.mm(grad_h_e.t(), x[e.rows], out=grad_in[e.w_in])
 
         with ctx.timed():
-            _in_threads(run, ctx.groups, x.device)
+            in_threads(run, ctx.groups, x.device)
         return grad_x, grad_in, grad_out, None, None, None, None
-
-
-def _activate(h: torch.Tensor, out: torch.Tensor, activation: str) -> None:
-    if activation == "swiglu":
-        gate, up = h.chunk(2, dim=1)
-        aten.silu.out(gate, out=out)
-        out.mul_(up)
-    else:
-        aten.gelu.out(h, approximate="tanh", out=out)
-
-
-def _activate_backward(h: torch.Tensor, a: torch.Tensor, grad_a: torch.Tensor, grad_h: torch.Tensor,
-                       activation: str) -> None:
-    """Fill `grad_h`, and recompute the activation into `a` on the way: cheaper than having kept it. Spoils `grad_a`."""
-    if activation == "swiglu":
-        gate, up = h.chunk(2, dim=1)
-        grad_gate, grad_up = grad_h.chunk(2, dim=1)
-        aten.silu.out(gate, out=a)
-        torch.mul(grad_a, a, out=grad_up)
-        a.mul_(up)
-        aten.silu_backward.grad_input(grad_a.mul_(up), gate, grad_input=grad_gate)
-    else:
-        aten.gelu.out(h, approximate="tanh", out=a)
-        aten.gelu_backward.grad_input(grad_a, h, approximate="tanh", grad_input=grad_h)
-
-
-def _in_threads(run: Callable[[Iterator[Group]], None], groups: list[Group], device: torch.device) -> None:
-    """Call `run` with all groups, on a CPU in every thread with a queue that they share, largest first.
-
-    Results do not depend on who takes which group: each writes slices of its own.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(groups) < 2 * threads:
-        with torch.no_grad():
-            run(iter(groups))
-        return
-    queue = _SharedQueue(sorted(groups, key=lambda group: -group.values))
-    futures = [_pool(threads).submit(_without_grad, run, queue) for _ in range(threads)]
-    for future in futures:
-        future.result()
-
-
-class _SharedQueue:
-    """An iterator that several threads may draw from: taking from a deque is atomic."""
-
-    def __init__(self, groups: list[Group]):
-        self._groups = deque(groups)
-
-    def __iter__(self) -> Iterator[Group]:
-        while True:
-            try:
-                yield self._groups.popleft()
-            except IndexError:
-                return
-
-
-def _without_grad(run: Callable[[Iterator[Group]], None], queue: _SharedQueue) -> None:
-    with torch.no_grad():  # grad mode is a property of the thread
-        run(iter(queue))
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    # set_num_threads is per thread: each worker's GEMMs run on itself alone
-    return ThreadPoolExecutor(threads, "moedist-expert", initializer=lambda: torch.set_num_threads(1))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moedist.dispatch import Dispatcher
-from moedist.model.experts import ExpertBank
+from moedist.model.bank import Bank
 from moedist.model.feed_forward import FeedForward
 from moedist.routing import Router, RouterInput, balance_loss_sum
 from moedist.timing import Meter
@@ -45,19 +45,19 @@ class MoELayer(nn.Module):
     replicated.
     """
 
-    def __init__(self, router: Router, bank: ExpertBank, dispatcher: Dispatcher, shared: FeedForward | None = None,
+    def __init__(self, router: Router, bank: Bank, dispatcher: Dispatcher, shared: FeedForward | None = None,
                  meter: Meter | None = None):
         super().__init__()
         self.router, self.shared, self.meter = router, shared, meter
         self.place(bank, dispatcher)
 
-    def place(self, bank: ExpertBank, dispatcher: Dispatcher) -> None:
+    def place(self, bank: Bank, dispatcher: Dispatcher) -> None:
         """Take other experts, and the dispatcher that knows where all are."""
         self._bank = (bank,)  # a tuple hides it from nn.Module
         self.dispatcher = dispatcher
 
     @property
-    def bank(self) -> ExpertBank:
+    def bank(self) -> Bank:
         return self._bank[0]
 
     def forward(self, inputs: RouterInput) -> tuple[torch.Tensor, LayerReport]:

@@ -6,7 +6,7 @@ G sequences of S tokens on this rank, D width, H heads, J key/value heads, C = D
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -15,8 +15,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from moedist.config import Config, ModelConfig
 from moedist.dispatch import Dispatcher, Layout, Transport
-from moedist.model.experts import ExpertBank
+from moedist.model.activations import ACTIVATIONS
+from moedist.model.bank import Bank
+from moedist.model.experts import build_bank
 from moedist.model.feed_forward import FeedForward
+from moedist.model.forms import ExpertForm
 from moedist.model.initialise import fill_normal
 from moedist.model.moe import LayerReport, MoELayer
 from moedist.placement import Plan
@@ -101,20 +104,26 @@ class Transformer(nn.Module):
     """Token ids in, hidden states out; `head_weight` turns them into logits (see `moedist.model.loss`).
 
     The module tree holds the dense parameters only; `banks` holds the experts of this rank.
+
+    Args:
+        forms: layer -> expert -> in what form it is stored, of all experts or of those that compression has changed;
+            all others are dense, of the configured width.
     """
 
     def __init__(self, config: Config, vocab: int, plan: Plan, transport: Transport, device: torch.device,
-                 dtype: torch.dtype, meter: Meter | None = None):
+                 dtype: torch.dtype, meter: Meter | None = None,
+                 forms: Mapping[int, Mapping[int, ExpertForm]] | None = None):
         super().__init__()
         m = self.m = config.model
-        self.banks: dict[int, ExpertBank] = _Hidden()
+        whole = ExpertForm.dense(m.width, m.expert_hidden, ACTIVATIONS[m.activation] == 2)
+        self.banks: dict[int, Bank] = _Hidden()
         blocks = []
         for i in range(m.layers):
             if i in config.moe_layers():
                 layout = Layout(plan.layer(i), transport.rank, transport.world_size)
-                bank = self.banks[i] = ExpertBank(i, layout.local_experts, m.width,
-                                                  [m.expert_hidden] * len(layout.local_experts), m.activation,
-                                                  device, dtype)
+                of_layer = (forms or {}).get(i, {})
+                local = [of_layer.get(e, whole) for e in layout.local_experts]
+                bank = self.banks[i] = build_bank(i, layout.local_experts, local, m.width, m.activation, device, dtype)
                 router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
                 shared = FeedForward(m.width, m.expert_hidden * m.shared_experts, m.activation) \
                     if m.shared_experts else None
@@ -151,7 +160,7 @@ class Transformer(nn.Module):
         """Weights and buffers by global name, this rank's experts included; detached views that can be written."""
         found = self.dense_state()
         for bank in self.banks.values():
-            found.update(bank.named_weights())
+            found.update(bank.named_weights() | bank.named_indices())
         return found
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[int, LayerReport]]:

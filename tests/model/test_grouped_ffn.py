@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from moedist.model.grouped_ffn import ACTIVATIONS, _in_threads, grouped_ffn, make_groups
+from moedist.model.activations import ACTIVATIONS
+from moedist.model.grouped_ffn import grouped_ffn, make_groups
+from moedist.model.threads import in_threads
 
 D = 6
 
@@ -97,7 +99,7 @@ def test_threads_share_the_groups():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        _in_threads(run, groups, torch.device("cpu"))
+        in_threads(run, groups, torch.device("cpu"))
     finally:
         torch.set_num_threads(before)
     assert len(taken) == 3

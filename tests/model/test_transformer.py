@@ -64,7 +64,7 @@ def gradients(model: Transformer) -> dict:
     (hidden.square().sum() + sum(r.aux_losses["balance_loss"] for r in reports.values())).backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     for bank in model.banks.values():
-        grads |= bank.split_by_name(bank.w_in.grad, bank.w_out.grad)
+        grads |= bank.split_by_name(tuple(p.grad for p in bank.parameters()))
     return grads | {f"load {i}": r.load_WE for i, r in reports.items()}
 
 

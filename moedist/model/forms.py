@@ -1,0 +1,191 @@
+"""What one expert stores: the names and shapes of its tensors and index vectors, in the order of a bank.
+
+Matrices are w1 (gate, or the only input projection), w3 (up, swiglu only) and w2 (down), each [J, D] with one row per
+hidden neuron: J neurons now, D model width. A matrix that is stored as it is has that name; a factored one (see
+`moedist.compress.matrices`) adds a dot and the name of the factor: `w1.rest`, `w1.basis`. Index vectors are int32:
+`neurons` [J], which neurons of the expert before any compression these are (absent: all), and those of factors, `w1.kept`.
+Behind the prefix of an expert, `layers.3.experts.17.`, these are the names in a checkpoint, so its own list of shapes says
+in what form each expert is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Iterable, Mapping, Sequence
+
+import torch
+
+from moedist.compress import ColumnsRows, Compressed, Dense, Interpolated, Matrix, TwoFactors
+from moedist.compress.matrices import INDEX_BYTES
+
+MATRICES = ("w1", "w3", "w2")  # the order in a bank
+PARTS = {True: {"gate": "w1", "up": "w3", "down": "w2"}, False: {"up": "w1", "down": "w2"}}  # by whether there is a gate
+TENSORS: dict[type[Matrix], tuple[str, ...]] = {  # from the side of the neurons to that of the model width
+    Dense: ("weight",), TwoFactors: ("left", "right"), Interpolated: ("rest", "basis"),
+    ColumnsRows: ("columns", "core", "rows")}
+INDICES: dict[type[Matrix], tuple[str, ...]] = {Interpolated: ("kept",), ColumnsRows: ("column_ids", "row_ids")}
+GLOBAL_NAME = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.(.+)")
+Shape = tuple[int, ...]
+
+
+def expert_prefix(layer: int, expert: int) -> str:
+    """What the global names of an expert begin with."""
+    return f"layers.{layer}.experts.{expert}."
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """Small, hashable and the same wherever the expert is.
+
+    Attributes:
+        tensors: name and shape of every trained tensor, in order.
+        indices: name and length of every index vector, in order.
+    """
+
+    tensors: tuple[tuple[str, Shape], ...]
+    indices: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def dense(cls, width: int, hidden: int, gated: bool) -> "ExpertForm":
+        """All matrices as they are, [hidden, width]."""
+        return cls(tuple((name, (hidden, width)) for name in MATRICES if gated or name != "w3"))
+
+    @classmethod
+    def of(cls, compressed: Compressed) -> "ExpertForm":
+        """That of an expert after compression."""
+        found = {**tensors_of(compressed), **indices_of(compressed)}
+        return cls.from_shapes({name: tuple(tensor.shape) for name, tensor in found.items()})
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Shape]) -> "ExpertForm":
+        """The form that has these names, given in any order.
+
+        Raises:
+            ValueError: names that do not make an expert.
+        """
+        gated, left = any(name.startswith("w3") for name in shapes), dict(shapes)
+        tensors, indices = [], [("neurons", left.pop("neurons")[0])] if "neurons" in left else []
+        for matrix in MATRICES if gated else ("w1", "w2"):
+            kind = _kind_of(matrix, shapes)
+            tensors += [(name, tuple(left.pop(name))) for name in _names(matrix, TENSORS[kind])]
+            indices += [(name, left.pop(name)[0]) for name in _names(matrix, INDICES.get(kind, ()))]
+        if left:
+            raise ValueError(f"an expert with {sorted(shapes)} has no use for {sorted(left)}")
+        return cls(tuple(tensors), tuple(indices))
+
+    @property
+    def numbers(self) -> int:
+        """Trained numbers. A row of activations meets each once, in a multiply-add, forward."""
+        return sum(math.prod(shape) for _, shape in self.tensors)
+
+    @property
+    def index_numbers(self) -> int:
+        """Entries of index vectors."""
+        return sum(length for _, length in self.indices)
+
+    @property
+    def flops_per_row(self) -> int:
+        """Multiply-adds times two of one row, forward."""
+        return 2 * self.numbers
+
+    @property
+    def hidden(self) -> int:
+        """J, hidden neurons now."""
+        (name, shape), *_ = self.tensors
+        return sum(shape) if name.endswith(".rest") else shape[0]  # rest is [J - r, r]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.tensors[-1][1][-1]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every matrix is stored as it is."""
+        return all(name in MATRICES for name, _ in self.tensors)
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate (swiglu)."""
+        return any(name.startswith("w3") for name, _ in self.tensors)
+
+    def bytes(self, itemsize: int = 4) -> int:
+        """Bytes stored in weights of numbers of `itemsize` bytes, index vectors included."""
+        return self.numbers * itemsize + self.index_numbers * INDEX_BYTES
+
+    def matrices(self) -> dict[str, tuple[str, ...]]:
+        """Matrix -> the names of its tensors, from the side of the neurons to that of the model width."""
+        return {matrix: tuple(name for name, _ in self.tensors if name.split(".")[0] == matrix)
+                for matrix in dict.fromkeys(name.split(".")[0] for name, _ in self.tensors)}
+
+    def split(self, blocks: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors by name, as views of blocks that hold their numbers one after another."""
+        flat = iter(block.view(-1) for block in blocks)
+        block, start, found = next(flat, None), 0, {}
+        for name, shape in self.tensors:
+            if start == len(block) and math.prod(shape):
+                block, start = next(flat), 0
+            found[name] = block[start:start + math.prod(shape)].view(shape)
+            start += math.prod(shape)
+        return found
+
+    def split_indices(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The index vectors by name, as views of all of them in one."""
+        return dict(zip((name for name, _ in self.indices), flat.split([length for _, length in self.indices])))
+
+    def stored(self, tensors: Mapping[str, torch.Tensor], indices: Mapping[str, torch.Tensor], hidden: int) -> Compressed:
+        """The expert as compression sees it; `hidden` are its neurons before any compression."""
+        found: dict[str, Matrix] = {}
+        for part, matrix in PARTS[self.gated].items():
+            kind = _kind_of(matrix, tensors)
+            values = {**tensors, **indices}
+            found[part] = kind(**{short: values[name] for names in (TENSORS, INDICES) for short in names.get(kind, ())
+                                  for name in _names(matrix, (short,))})
+        return Compressed(hidden, indices.get("neurons"), found)
+
+
+def tensors_of(compressed: Compressed) -> dict[str, torch.Tensor]:
+    """The trained tensors of an expert by the names that a form uses."""
+    return named(compressed, {part: matrix.tensors() for part, matrix in compressed.parts.items()})
+
+
+def indices_of(compressed: Compressed) -> dict[str, torch.Tensor]:
+    """The index vectors likewise."""
+    found = {} if compressed.neurons is None else {"neurons": compressed.neurons}
+    return found | named(compressed, {part: matrix.indices() for part, matrix in compressed.parts.items()})
+
+
+def named(compressed: Compressed, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """part -> name -> tensor (e.g. mapped moments) by the names that a form uses."""
+    matrix = PARTS["gate" in compressed.parts]
+    return {name: tensor for part, tensors in parts.items() for short, tensor in tensors.items()
+            for name in _names(matrix[part], (short,))}
+
+
+def forms_by_expert(shapes: Mapping[str, Sequence[int]]) -> dict[int, dict[int, ExpertForm]]:
+    """Layer -> expert -> form, from global names and their shapes; names that are no expert's are passed over.
+
+    Raises:
+        ValueError: an expert whose tensors do not make one.
+    """
+    found: dict[int, dict[int, dict[str, Shape]]] = {}
+    for name, shape in shapes.items():
+        match = GLOBAL_NAME.fullmatch(name)
+        if match:
+            layer, expert = int(match[1]), int(match[2])
+            found.setdefault(layer, {}).setdefault(expert, {})[match[3]] = tuple(shape)
+    return {layer: {e: ExpertForm.from_shapes(names) for e, names in experts.items()} for layer, experts in found.items()}
+
+
+def _kind_of(matrix: str, names: Iterable[str]) -> type[Matrix]:
+    have = {name for name in names if name.split(".")[0] == matrix}
+    for kind, short in TENSORS.items():
+        if have >= set(_names(matrix, short)):
+            return kind
+    raise ValueError(f"no form of a matrix has the tensors {sorted(have)} for {matrix}")
+
+
+def _names(matrix: str, short: Iterable[str]) -> list[str]:
+    return [matrix if name == "weight" else f"{matrix}.{name}" for name in short]
