@@ -22,7 +22,8 @@ EXAMPLES = {
   moedist plan configs/quickstart.yaml --cluster configs/clusters/mixed.yaml
   torchrun --nproc-per-node 2 -m moedist plan configs/quickstart.yaml placement.counts=null placement.batch_shares=null
 """,
-    "bench layer": "example:\n  moedist bench layer --shapes fine --dtypes fp32 --json layer.json\n",
+    "bench layer": "example:\n  moedist bench layer --shapes fine --dtypes fp32 --json layer.json\n"
+                   "  moedist bench layer --compressed --json compressed.json\n",
     "bench hetero": "example:\n  moedist bench hetero --json hetero.json\n",
 }
 
@@ -72,10 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     layer.add_argument("--shapes", nargs="+", default=["coarse", "fine"], choices=["coarse", "fine", "tiny"])
     layer.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     layer.add_argument("--rounds", type=int, default=15, help="timed rounds, all implementations in turn")
+    layer.add_argument("--compressed", action="store_true",
+                       help="instead: the experts of the coarse shape compressed at 70 %% against the same uncompressed")
     layer.add_argument("--json", help="write the figures to this file")
 
     hetero = _command(bench, "hetero", "training on ranks of four speeds: measured plan against equal placement", _bench_hetero,
                       example="bench hetero")
+    hetero.add_argument("--settle", type=_not_negative(int), default=300, help="steps at full speed before both trainings")
     hetero.add_argument("--warmup", type=_not_negative(int), default=30, help="steps before the measured ones")
     hetero.add_argument("--steps", type=_not_negative(int), default=40, help="measured steps of each training")
     hetero.add_argument("--json", help="write the figures to this file")
@@ -192,12 +196,16 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _bench_layer(args: argparse.Namespace) -> None:
     from moedist.bench.layer import bench_layer
-    bench_layer(args.shapes, args.dtypes, args.rounds, args.json)
+    if args.compressed:
+        from moedist.bench.compressed import bench_compressed
+        bench_compressed(args.rounds, args.json)
+    else:
+        bench_layer(args.shapes, args.dtypes, args.rounds, args.json)
 
 
 def _bench_hetero(args: argparse.Namespace) -> None:
     from moedist.bench.hetero import bench_hetero
-    bench_hetero(args.warmup, args.steps, args.json)
+    bench_hetero(args.settle, args.warmup, args.steps, args.json)
 
 
 def _launched_ranks() -> int:

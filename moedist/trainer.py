@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-from moedist.checkpoint import RunFolder, find_run, load_checkpoint, read_meta
+from moedist.checkpoint import RunFolder, find_run, forms_of, load_checkpoint, read_meta
 from moedist.config import Config, check_config, load_config, to_yaml
 from moedist.coordinator import start_plan, written_plan
 from moedist.coordinator.facts import facts_to_json
@@ -115,8 +115,10 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
     train_stream = TrainStream(corpus.train, config.data.sequence_length, config.seed)
     valid_stream = EvalStream(corpus.valid, config.data.sequence_length, config.train.eval_tokens)
     transport, vocab = build_transport(world), corpus.tokenizer.vocab_size
+    world.meter.begin(meta["progress"]["step"] if meta else 0)  # a declared slow-down is that of the step it goes on from
     plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say)
-    model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter)
+    model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter,
+                        forms_of(checkpoint) if checkpoint else None)
     engine = TorchEngine(model, config.train, world)
     progress = Progress()
     if checkpoint and meta:

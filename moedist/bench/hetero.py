@@ -1,7 +1,9 @@
 """Real training on ranks of four speeds: the measured plan against equal placement with equal batches.
 
 Four processes of this machine are slowed down to speeds 8 : 4 : 2 : 1 by sleeping in proportion to what they compute, so
-that two cores carry all four. Both trainings go on side by side, some steps of one, some of the other.
+that two cores carry all four. Both go on from one checkpoint, written after some steps at full speed: a router that has
+just been made sends its tokens elsewhere every few steps, and placing experts is of little use before it has settled. Both
+trainings go on side by side, some steps of one, some of the other.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moedist.bench.figures import write_figures
-from moedist.config import Config, config_from_dict
+from moedist.checkpoint import read_meta
+from moedist.config import config_from_dict
 from moedist.coordinator import written_plan
 from moedist.errors import MoedistError
 from moedist.phases import Run
@@ -28,10 +32,11 @@ SLOWDOWN = (4.0, 8.0, 16.0, 32.0)  # the fastest is slowed too: four ranks toget
 PREFIX = "hetero.8421"
 CONFIG: dict[str, Any] = {
     "name": "hetero", "data": {"tokenizer": "byte", "sequence_length": 64, "max_documents": 300},
-    "model": {"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "experts": 32, "top_k": 2, "expert_hidden": 192},
-    "train": {"batch": 60, "lr": 1e-3, "warmup_steps": 10, "eval_tokens": 64}, "router": {"balance_loss": 0.02},
-    "placement": {"max_copies": 4, "replan_every": 10, "probe_s": 6.0}, "phases": [{"train": 1000}],
-    "world": {"device": "cpu", "slowdown": {0: list(SLOWDOWN)}},
+    "model": {"layers": 2, "width": 96, "heads": 4, "kv_heads": 2, "experts": 32, "top_k": 2, "expert_hidden": 128},
+    # float64: what then differs between the two trainings is the placement's doing, not rounding that flips a near tie
+    "train": {"batch": 60, "lr": 1e-3, "warmup_steps": 20, "eval_tokens": 64, "dtype": "float64"},
+    "router": {"balance_loss": 0.02}, "placement": {"max_copies": 4, "replan_every": 5, "probe_s": 6.0},
+    "world": {"device": "cpu"},
     "monitor": {"wandb": "disabled"},
 }
 BLOCK = 5  # steps of one training before the other goes on
@@ -60,21 +65,28 @@ class Side:
         self.run.replan(report.loads, report.ranks, bool(report.sums["plan"]))
 
 
-def bench_hetero(warmup: int, steps: int, json_path: str | None) -> dict[str, float]:
+def bench_hetero(settle: int, warmup: int, steps: int, json_path: str | None) -> dict[str, float]:
     """Measure and print; starts its four ranks itself unless it runs under a launcher.
+
+    Args:
+        settle: steps at full speed before both trainings; warmup: steps of each that are not measured; steps: measured.
 
     Raises:
         MoedistError: started on a number of ranks other than one or four, or a rank failed.
     """
     size = find_launch().size
     if size == 1:
-        return _start_ranks(warmup, steps, json_path)
+        return _start_ranks(settle, warmup, steps, json_path)
     if size != len(SLOWDOWN):
         raise MoedistError(f"bench hetero plays {len(SLOWDOWN)} ranks but was started on {size}; start it on one, it starts "
                            "the others itself")
-    config = config_from_dict(CONFIG)
+    config = config_from_dict(CONFIG, [f"world.slowdown={{0: {[1.0] * len(SLOWDOWN)}, {settle}: {list(SLOWDOWN)}}}"])
     with World.start(config.world) as world, tempfile.TemporaryDirectory() as folder:
-        sides = {name: _side(world, config, folder, planner) for name, planner in (("equal", "equal"), ("planned", "measured"))}
+        folder = world.broadcast_object(folder)
+        length = settle + warmup + steps  # of the schedule: what is measured is the end of a training
+        checkpoint = _settle(world, folder, settle, length)
+        sides = {name: Side(_build(world, folder, name, planner, length, checkpoint))
+                 for name, planner in (("equal", "equal"), ("planned", "measured"))}
         for block in range((warmup + steps) // BLOCK):
             for side in sides.values():
                 for _ in range(BLOCK):
@@ -86,19 +98,32 @@ def bench_hetero(warmup: int, steps: int, json_path: str | None) -> dict[str, fl
         return figures
 
 
-def _start_ranks(warmup: int, steps: int, json_path: str | None) -> dict[str, float]:
+def _start_ranks(settle: int, warmup: int, steps: int, json_path: str | None) -> dict[str, float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-               "--nproc-per-node", str(len(SLOWDOWN)), "-m", "moedist", "bench", "hetero", "--warmup", str(warmup), "--steps",
-               str(steps), *(["--json", json_path] if json_path else [])]
+               "--nproc-per-node", str(len(SLOWDOWN)), "-m", "moedist", "bench", "hetero", "--settle", str(settle),
+               "--warmup", str(warmup), "--steps", str(steps), *(["--json", json_path] if json_path else [])]
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise MoedistError(f"the ranks ended with exit code {done.returncode}; what they said stands above")
     return {}
 
 
-def _side(world: World, config: Config, folder: str, planner: str) -> Side:
-    config = config_from_dict(CONFIG, [f"placement.planner={planner}", f"name={planner}", f"folder={folder}"])
-    return Side(build_run(config, world, written_plan(config, world.size, None)[0]))
+def _settle(world: World, folder: str, steps: int, length: int) -> Path:
+    """A checkpoint after `steps` steps of equal ranks at full speed."""
+    run = _build(world, folder, "settle", "equal", length)
+    start = time.perf_counter()
+    for _ in range(steps):
+        train_step(run)
+    run.save()
+    run.recorder.say(f"{steps} steps at full speed took {time.perf_counter() - start:.0f} s")
+    return run.folder.checkpoint(steps)
+
+
+def _build(world: World, folder: str, name: str, planner: str, length: int, checkpoint: Path | None = None) -> Run:
+    config = config_from_dict(CONFIG, [f"placement.planner={planner}", f"name={name}", f"folder={folder}",
+                                       f"phases=[{{train: {length}}}]"])
+    meta = read_meta(checkpoint) if checkpoint else None
+    return build_run(config, world, written_plan(config, world.size, None)[0], checkpoint=checkpoint, meta=meta)
 
 
 def _figures(world: World, sides: dict[str, Side]) -> dict[str, float]:
