@@ -1,5 +1,6 @@
 """Which rank owns which experts and how much of the batch: plain data and pure functions, no torch, no processes."""
 
+from moedist.placement.baselines import equal_layer, lpt_layer, proportional_layer
 from moedist.placement.batch import plan_batch
 from moedist.placement.cost import bound, makespan, rank_loads
 from moedist.placement.from_config import plan_from_config
@@ -7,7 +8,7 @@ from moedist.placement.plan import LayerPlan, Plan
 from moedist.placement.problem import Problem
 from moedist.placement.replan import Replan, replan_layer
 from moedist.placement.shares import equal_counts, split_batch
-from moedist.placement.solve import equal_layer, lpt_layer, plan_layer, proportional_layer
+from moedist.placement.solve import plan_layer
 from moedist.placement.token_shares import best_shares
 
 __all__ = ["LayerPlan", "Plan", "Problem", "Replan", "best_shares", "bound", "equal_counts", "equal_layer", "lpt_layer",

@@ -28,9 +28,18 @@ class Pieces:
         n = len(loads)
         return cls(np.arange(n), np.asarray(loads, dtype=float), np.asarray(ranks, dtype=int), np.full(n, -1))
 
+    def joined(self, experts: Sequence[int], loads: Sequence[float], ranks: np.ndarray) -> "Pieces":
+        """With more whole experts."""
+        return Pieces(np.concatenate([self.expert_P, np.asarray(experts, dtype=int)]), np.concatenate([self.load_P, loads]),
+                      np.concatenate([self.rank_P, ranks]), np.concatenate([self.island_P, np.full(len(experts), -1)]))
+
     def rows(self, ranks: int) -> np.ndarray:
         """[W] rows of every rank."""
         return np.bincount(self.rank_P, weights=self.load_P, minlength=ranks)
+
+    def copies(self, experts: int) -> int:
+        """Pieces over one per expert."""
+        return len(self.expert_P) - experts
 
     def held(self, ranks: int) -> np.ndarray:
         """[W] pieces of every rank."""
@@ -47,34 +56,38 @@ def lpt(loads: Sequence[float], speeds: np.ndarray, room_W: np.ndarray, rows_W: 
         room_W: experts that each rank still takes, enough for all in sum.
         rows_W: rows that ranks have already.
     """
-    loads_E, rows, room = np.asarray(loads, dtype=float), rows_W.astype(float).copy(), room_W.copy()
-    held, owners = np.zeros(len(rows)), np.zeros(len(loads_E), dtype=int)
-    safe = np.where(speeds > 0, speeds, 1.0)
-    for e in np.argsort(-loads_E, kind="stable"):
-        done = np.where((room > 0) & (speeds > 0), (rows + loads_E[e]) / safe, np.inf)
-        near = np.flatnonzero(done <= done.min() * (1 + 1e-12))
-        r = near[np.argmin((held[near] + 1) / safe[near])]
+    per_row_W, busy_W, room = _start(speeds, room_W, rows_W)
+    held, owners = np.zeros(len(speeds)), np.zeros(len(loads), dtype=int)
+    for e in np.argsort(-np.asarray(loads, dtype=float), kind="stable").tolist():
+        done_W = busy_W + loads[e] * per_row_W
+        near = (done_W <= done_W.min() * (1 + 1e-12)).nonzero()[0]
+        r = near[0] if len(near) == 1 else near[((held[near] + 1) * per_row_W[near]).argmin()]
         owners[e] = r
-        rows[r] += loads_E[e]
-        room[r] -= 1
         held[r] += 1
+        room[r] -= 1
+        busy_W[r] = done_W[r] if room[r] > 0 else np.inf
     return owners
 
 
 def best_fit(loads: Sequence[float], speeds: np.ndarray, room_W: np.ndarray, rows_W: np.ndarray, limit_s: float) -> np.ndarray:
     """[E] ranks, -1 where an expert fits nowhere: the largest first, each where it leaves the least time before `limit_s`."""
-    loads_E, rows, room = np.asarray(loads, dtype=float), rows_W.astype(float).copy(), room_W.copy()
-    owners = np.full(len(loads_E), -1)
-    safe = np.where(speeds > 0, speeds, 1.0)
-    for e in np.argsort(-loads_E, kind="stable"):
-        left = np.where((room > 0) & (speeds > 0), limit_s - (rows + loads_E[e]) / safe, -np.inf)
-        left[left < -1e-12 * limit_s] = np.inf  # does not fit
-        r = int(np.argmin(left))
-        if np.isfinite(left[r]):
+    per_row_W, busy_W, room = _start(speeds, room_W, rows_W)
+    owners = np.full(len(loads), -1)
+    for e in np.argsort(-np.asarray(loads, dtype=float), kind="stable").tolist():
+        done_W = busy_W + loads[e] * per_row_W
+        done_W[done_W > limit_s * (1 + 1e-12)] = -1.0  # does not fit
+        r = done_W.argmax()
+        if done_W[r] >= 0:
             owners[e] = r
-            rows[r] += loads_E[e]
             room[r] -= 1
+            busy_W[r] = done_W[r] if room[r] > 0 else np.inf
     return owners
+
+
+def _start(speeds: np.ndarray, room_W: np.ndarray, rows_W: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """(seconds per row, seconds that each rank is busy with its rows: forever where it takes no experts; its room), [W]."""
+    per_row_W = 1 / np.where(speeds > 0, speeds, 1.0)
+    return per_row_W, np.where((room_W > 0) & (speeds > 0), rows_W * per_row_W, np.inf), room_W.tolist()
 
 
 def improve(pieces: Pieces, speeds: np.ndarray, capacity_W: np.ndarray, island_W: np.ndarray | None = None,
@@ -93,7 +106,7 @@ def improve(pieces: Pieces, speeds: np.ndarray, capacity_W: np.ndarray, island_W
     holders_EW[pieces.expert_P, pieces.rank_P] = True
     islands = np.zeros(ranks, dtype=int) if island_W is None else island_W
     away_PW = (pieces.island_P[:, None] >= 0) & (pieces.island_P[:, None] != islands) if (pieces.island_P >= 0).any() else None
-    safe = np.where(speeds > 0, speeds, np.inf)
+    safe = np.where(speeds > 0, speeds, 1e-9 * speeds.max())  # rows on a rank without speed leave it first
     for _ in itertools.count() if max_rounds is None else range(max_rounds):
         times = rows / safe
         b = int(np.argmax(times))

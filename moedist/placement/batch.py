@@ -28,8 +28,8 @@ def plan_batch(total: int, speeds: Sequence[float], caps: Sequence[int] | None =
     if caps is not None:
         room = [min(r, max(0, c)) for r, c in zip(room, caps)]
     if sum(room) < total:
-        raise PlacementError(f"a forward pass of {total} sequences does not fit: the ranks can take {room}, {sum(room)} in all; "
-                             "raise train.accumulate, lower train.batch, or set placement.max_batch")
+        raise PlacementError(f"a forward pass of {total} sequences does not fit: the ranks can take {room}, {sum(room)} in "
+                             "all; raise train.accumulate, lower train.batch, or set placement.max_batch")
     counts = [0] * len(speeds)
     heap = [(1 / s, r) for r, s in enumerate(speeds) if room[r] > 0]
     heapq.heapify(heap)

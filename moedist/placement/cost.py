@@ -32,23 +32,27 @@ def makespan(layer: LayerPlan, problem: Problem) -> float:
 
 
 def cost(layer: LayerPlan, problem: Problem) -> float:
-    """Seconds with the price of copies; one is never free: W of them must save `COPIES_SAVE` of the bound."""
-    copy_s = max(problem.copy_cost_s, COPIES_SAVE * sum(problem.loads) / sum(problem.speeds) / len(problem.speeds))
-    return makespan(layer, problem) + copy_s * layer.copies
+    """Seconds with the price of copies."""
+    return makespan(layer, problem) + copy_price(problem) * layer.copies
+
+
+def copy_price(problem: Problem) -> float:
+    """Seconds that a copy must save; it is never free: W copies must save `COPIES_SAVE` of the bound."""
+    return max(problem.copy_cost_s, COPIES_SAVE * problem.fluid_s / len(problem.speeds))
 
 
 def bound(problem: Problem) -> float:
     """Seconds that no placement of this problem can beat.
 
-    All ranks busy equally long: sum(f) / sum(s) over ranks that may hold experts. Where no expert may have copies also, for
-    every k, the k largest experts on the k fastest ranks (each is on one rank): sum of the k largest loads over the sum of
-    the k largest speeds.
+    All ranks busy equally long: sum(f) / sum(s). Where no expert may have copies also, for every k, the k largest experts
+    on the k fastest ranks (each is on one rank): sum of the k largest loads over the sum of the k largest speeds.
+
+    >>> bound(Problem((6.0, 1.0, 1.0), (2.0, 2.0))), bound(Problem((6.0, 1.0, 1.0), (2.0, 2.0), max_copies=1))
+    (3.0, 2.0)
     """
+    if problem.most_copies:
+        return problem.fluid_s
     loads = np.sort(np.asarray(problem.loads, dtype=float))[::-1]
-    usable = [s for s, room in zip(problem.speeds, problem.capacity) if room > 0]
-    speeds = np.sort(np.asarray(usable, dtype=float))[::-1]
-    best = loads.sum() / speeds.sum()
-    if problem.max_copies == 0 and problem.hot_copies == 0:
-        k = min(len(loads), len(speeds))
-        best = max(best, float((loads.cumsum()[:k] / speeds.cumsum()[:k]).max()))
-    return float(best)
+    speeds = np.sort([s for s, room in zip(problem.speeds, problem.capacity) if room > 0])[::-1]
+    k = min(len(loads), len(speeds))
+    return max(problem.fluid_s, float((loads.cumsum()[:k] / speeds.cumsum()[:k]).max()))

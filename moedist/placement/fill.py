@@ -1,4 +1,4 @@
-"""Cut experts so that all ranks are done at a given time: two ways to fill ranks, and the pieces that they start from.
+"""Cut experts so that all ranks are done at a given time: two ways to fill ranks.
 
 Both place whole experts where they fit before `limit_s`. `fill_by_expert` goes through the experts and cuts one where it
 fits nowhere: few cuts where there is some slack. `fill_by_rank` goes through the ranks and cuts where a rank would not be
@@ -12,28 +12,18 @@ from typing import Sequence
 import numpy as np
 
 from moedist.placement.assign import Pieces, improve
+from moedist.placement.cost import seconds
 from moedist.placement.problem import Problem
 
-Hot = Sequence[tuple[int, int]]  # (expert, rank) that must be
+OVER = 1.01  # how much later than asked for is still good, where places are scarce
+
+Placed = tuple[int, float, int]  # expert, rows, rank
 
 
-def start_pieces(problem: Problem, hot: Hot) -> tuple[Pieces, np.ndarray, np.ndarray, list[int]]:
-    """(hot pieces, room and rows they leave on every rank, the other experts)."""
-    speeds = np.asarray(problem.speeds, dtype=float)
-    total_E = {e: sum(speeds[r] for other, r in hot if other == e) for e, _ in hot}
-    loads = [problem.loads[e] * speeds[r] / total_E[e] for e, r in hot]
-    pieces = Pieces(np.array([e for e, _ in hot], dtype=int), np.array(loads, dtype=float),
-                    np.array([r for _, r in hot], dtype=int), np.array([problem.islands[r] for _, r in hot], dtype=int))
-    room = np.asarray(problem.capacity) - pieces.held(len(speeds))
-    return pieces, room, pieces.rows(len(speeds)), [e for e in range(len(problem.loads)) if e not in total_E]
-
-
-def add_pieces(pieces: Pieces, experts: list[int], loads: list[float], ranks: list[int]) -> Pieces:
-    """More pieces, that may go anywhere."""
-    return Pieces(np.concatenate([pieces.expert_P, np.array(experts, dtype=int)]),
-                  np.concatenate([pieces.load_P, np.array(loads, dtype=float)]),
-                  np.concatenate([pieces.rank_P, np.array(ranks, dtype=int)]),
-                  np.concatenate([pieces.island_P, np.full(len(experts), -1)]))
+def as_pieces(placed: Sequence[Placed]) -> Pieces:
+    """Pieces that may go anywhere."""
+    experts, loads, ranks = zip(*placed)
+    return Pieces(np.array(experts), np.array(loads, dtype=float), np.array(ranks), np.full(len(placed), -1))
 
 
 def search(pieces: Pieces, problem: Problem, max_changes: int | None = None, max_rounds: int | None = None) -> int:
@@ -43,72 +33,74 @@ def search(pieces: Pieces, problem: Problem, max_changes: int | None = None, max
                    max_rounds)
 
 
-def makespan_of(owners: np.ndarray, loads: list[float], rows_W: np.ndarray, speeds: np.ndarray) -> float:
-    """Seconds of the slowest rank with whole experts on top of the rows it has."""
-    rows = rows_W + np.bincount(owners, weights=loads, minlength=len(speeds))
-    return float((rows[rows > 0] / speeds[rows > 0]).max(initial=0.0))
+def seconds_of(pieces: Pieces, speeds: np.ndarray) -> float:
+    """Makespan of pieces as they are cut."""
+    return float(seconds(pieces.rows(len(speeds)), speeds).max())
 
 
-def fill_by_rank(problem: Problem, hot: Hot, limit_s: float) -> Pieces | None:
+def fill_by_rank(problem: Problem, limit_s: float) -> Pieces | None:
     """Ranks filled up to a time one after the other, the fastest first; None if places or copies do not suffice.
 
     A rank takes the largest experts that fit whole. Where the ranks after it could not take the rest, it is filled to the
     brim with a part of one more, whose other part stays to be placed: one cut a rank at most, as in McNaughton's rule.
     """
     speeds = np.asarray(problem.speeds, dtype=float)
-    pieces, room_W, rows_W, rest = start_pieces(problem, hot)
-    order = sorted((r for r in range(len(speeds)) if room_W[r] > 0), key=lambda r: (-speeds[r], r))
-    space_W = np.maximum(limit_s * speeds - rows_W, 0.0)
-    left = dict(sorted(((e, problem.loads[e]) for e in rest), key=lambda item: (-item[1], item[0])))
-    places, space, waiting, copies = int(room_W.sum()), float(space_W[order].sum()), sum(left.values()), 0
-    experts, loads, ranks = [], [], []
+    order = sorted((r for r, room in enumerate(problem.capacity) if room > 0), key=lambda r: (-speeds[r], r))
+    left = _largest_first(dict(enumerate(problem.loads)))
+    places, space, waiting, copies = sum(problem.capacity), limit_s * float(speeds[order].sum()), sum(problem.loads), 0
+    placed: list[Placed] = []
     for r in order:
-        room, free = int(room_W[r]), float(space_W[r])
+        room, free = problem.capacity[r], limit_s * float(speeds[r])
         places, space = places - room, space - free
         for e in list(left):
             if room == 0:
                 break
             if left[e] <= free * (1 + 1e-9):
                 part = left.pop(e)
-                experts.append(e), loads.append(part), ranks.append(r)
+                placed.append((e, part, r))
                 free, room, waiting = max(0.0, free - part), room - 1, waiting - part
         if left and room and free > 1e-9 * limit_s * speeds[r] and waiting > space * (1 + 1e-9):
             e = next(iter(left))  # the largest: it needs a cut sooner or later
-            experts.append(e), loads.append(free), ranks.append(r)
+            placed.append((e, free, r))
             left[e], waiting, copies = left[e] - free, waiting - free, copies + 1
-            left = dict(sorted(left.items(), key=lambda item: (-item[1], item[0])))
+            left = _largest_first(left)
         if len(left) > places or copies > problem.max_copies:
             return None
     if left and waiting > 1e-6 * sum(problem.loads):
         return None
-    for e in left:  # a crumb, or an expert without rows: where the fewest are
-        held = np.bincount(ranks, minlength=len(speeds)) + pieces.held(len(speeds))
-        open_ranks = [r for r in order if held[r] < problem.capacity[r] and r not in
-                      [ranks[k] for k, other in enumerate(experts) if other == e]]
-        if e in experts:
-            continue
+    crumbs = [e for e in left if e not in {expert for expert, _, _ in placed}]  # and experts without rows
+    for e in crumbs:
+        held = np.bincount([r for _, _, r in placed], minlength=len(speeds))
+        open_ranks = [r for r in order if held[r] < problem.capacity[r]]
         if not open_ranks:
             return None
-        experts.append(e), loads.append(left[e]), ranks.append(min(open_ranks, key=lambda r: (held[r] / speeds[r], r)))
-    pieces = add_pieces(pieces, experts, loads, ranks)
-    if makespan_of(pieces.rank_P, pieces.load_P, np.zeros(len(speeds)), speeds) > limit_s * (1 + 1e-6):
+        placed.append((e, left[e], min(open_ranks, key=lambda r: (held[r] / speeds[r], r))))
+    pieces = as_pieces(placed)
+    if seconds_of(pieces, speeds) > limit_s * (1 + 1e-6):
         search(pieces, problem)
     return pieces
 
 
-def fill_by_expert(problem: Problem, hot: Hot, limit_s: float) -> Pieces | None:
+def _largest_first(loads: dict[int, float]) -> dict[int, float]:
+    return dict(sorted(loads.items(), key=lambda item: (-item[1], item[0])))
+
+
+def fill_by_expert(problem: Problem, limit_s: float) -> Pieces | None:
     """Experts placed one after the other, the largest first, whole where they fit best, else cut over the ranks with most
-    room; None if places or copies do not suffice."""
+    room; None if places or copies do not suffice.
+
+    Where places are scarce, a small expert may find only places on ranks that are full: it goes where that does the least
+    harm, and local search has to make up for it.
+    """
     speeds = np.asarray(problem.speeds, dtype=float)
-    pieces, room_W, rows_W, rest = start_pieces(problem, hot)
-    safe = np.where(speeds > 0, speeds, 1.0)
-    left_W = np.where(speeds > 0, limit_s * speeds - rows_W, -np.inf)
-    left_W[room_W <= 0] = -np.inf
-    spare, copies = int(room_W.sum()) - len(rest), 0
-    experts, loads, ranks = [], [], []
-    for e in sorted(rest, key=lambda e: (-problem.loads[e], e)):
-        load, parts = problem.loads[e], []
-        if left_W.max() >= load * (1 - 1e-9) and np.isfinite(left_W.max()):
+    room_W, safe = np.array(problem.capacity), np.where(speeds > 0, speeds, 1.0)
+    left_W = np.where(room_W > 0, limit_s * speeds, -np.inf)
+    spare, copies, over = int(room_W.sum()) - len(problem.loads), 0, False
+    scarce = any(0 < room < len(problem.loads) for room in problem.capacity)
+    placed: list[Placed] = []
+    for e, load in _largest_first(dict(enumerate(problem.loads))).items():
+        parts: list[tuple[int, float]] = []
+        if left_W.max() >= load * (1 - 1e-9):
             parts = [(int(np.argmin(np.where(left_W >= load * (1 - 1e-9), (left_W - load) / safe, np.inf))), load)]
         else:
             order, missing = np.argsort(-left_W, kind="stable"), load
@@ -118,12 +110,14 @@ def fill_by_expert(problem: Problem, hot: Hot, limit_s: float) -> Pieces | None:
                 parts.append((r, min(missing, float(left_W[r]))))
                 missing -= parts[-1][1]
             if missing > 1e-9 * load or not parts:
-                return None
+                if load > (limit_s * speeds.max() if scarce else 0.0):
+                    return None
+                parts, over = [(int(np.argmax((left_W - load) / safe)), load)], True
         for r, part in parts:
-            experts.append(e), loads.append(part), ranks.append(r)
+            placed.append((e, part, r))
             room_W[r] -= 1
             left_W[r] = left_W[r] - part if room_W[r] > 0 else -np.inf
         spare, copies = spare - len(parts) + 1, copies + len(parts) - 1
-    pieces = add_pieces(pieces, experts, loads, ranks)
+    pieces = as_pieces(placed)
     search(pieces, problem)
-    return pieces
+    return None if over and seconds_of(pieces, speeds) > limit_s * OVER else pieces

@@ -59,11 +59,16 @@ class Problem:
             return ()
         return tuple(sorted(range(len(self.loads)), key=lambda e: (-self.loads[e], e))[: self.hot_copies])
 
-    @property
+    @cached_property
     def free_copies(self) -> int:
         """Copies that `hot_copies` asks for, beyond `max_copies`."""
-        return len(self.hottest) * (len({i for i, room in zip(self.islands or (), self.capacity) if room > 0}) - 1) \
-            if self.hottest else 0
+        islands = {i for i, room in zip(self.islands or (), self.capacity) if room > 0}
+        return len(self.hottest) * (len(islands) - 1) if self.hottest else 0
+
+    @cached_property
+    def most_copies(self) -> int:
+        """Copies that a plan may have, those of `hot_copies` included: as many as are allowed and there are places for."""
+        return min(self.max_copies + self.free_copies, sum(self.capacity) - len(self.loads))
 
     @cached_property
     def capacity(self) -> tuple[int, ...]:
@@ -71,3 +76,8 @@ class Problem:
         experts = len(self.loads)
         slots = self.slots if self.slots is not None else (experts,) * len(self.speeds)
         return tuple(min(experts, max(0, s)) if v > 0 else 0 for s, v in zip(slots, self.speeds))
+
+    @cached_property
+    def fluid_s(self) -> float:
+        """Seconds if rows went wherever there is time: sum(f) / sum(s) over the ranks that may hold experts."""
+        return sum(self.loads) / sum(s for s, room in zip(self.speeds, self.capacity) if room > 0)

@@ -7,7 +7,7 @@ from typing import Iterator
 import numpy as np
 
 from moedist.placement.assign import Pieces
-from moedist.placement.cost import cost, makespan, rank_loads, seconds
+from moedist.placement.cost import copy_price, cost, makespan, rank_loads, seconds
 from moedist.placement.fill import search
 from moedist.placement.plan import LayerPlan
 from moedist.placement.problem import Problem
@@ -17,6 +17,7 @@ FEW = 32  # copies, up to which each is looked at by itself
 TRIED = 4  # experts, ranks or copies that are tried in each round
 POLISHED = 24  # of the neighbours of a plan, the best
 ROUNDS = 6  # of local search and exact shares, in turn
+NOTHING = 1e-6  # a share up to this is no reason for a copy
 
 Owners = list[tuple[int, ...]]
 
@@ -38,16 +39,19 @@ def polish(plan: LayerPlan, problem: Problem) -> LayerPlan:
     return plan
 
 
-def shake(plan: LayerPlan, problem: Problem) -> LayerPlan:
+def shake(plan: LayerPlan, problem: Problem, enough_s: float) -> LayerPlan:
     """For small problems, where one piece is much: try every move and swap, also those that are worse at first."""
+    seen = {plan.owners}
     for _ in range(ROUNDS):
-        near = sorted((with_best_shares(owners, problem) for owners in _neighbours(plan, problem)),
+        fresh = {tuple(owners): None for owners in _neighbours(plan, problem)}
+        near = sorted((with_best_shares(list(owners), problem) for owners in fresh if owners not in seen),
                       key=lambda other: cost(other, problem))
+        seen.update(fresh)
         found = plan
         for other in near[:POLISHED]:
             found = better(found, polish(other, problem), problem)
-        if cost(found, problem) >= cost(plan, problem) * (1 - 1e-6):
-            return plan
+        if cost(found, problem) >= cost(plan, problem) * (1 - 1e-6) or makespan(found, problem) <= enough_s:
+            return found
         plan = found
     return plan
 
@@ -62,24 +66,23 @@ def _neighbours(plan: LayerPlan, problem: Problem) -> Iterator[Owners]:
         return [tuple(sorted({*held_by, changes[e][1]} - {changes[e][0]})) if e in changes else held_by
                 for e, held_by in enumerate(owners)]
 
+    def may_move(e: int, r: int, to: int) -> bool:
+        return to not in owners[e] and (not is_needed(problem, owners, e, r) or problem.islands[r] == problem.islands[to])
+
     for e, r in placed:
-        fixed = is_needed(problem, owners, e, r)
         for to in ranks:
-            same_island = problem.islands is None or problem.islands[r] == problem.islands[to]
             if to in owners[e] or not problem.capacity[to]:
                 continue
-            away = [r] * (not fixed or same_island) + [-1] * (plan.copies < problem.max_copies + problem.free_copies)
+            away = [r] * may_move(e, r, to) + [-1] * (plan.copies < problem.most_copies)
             if held[to] < problem.capacity[to]:
                 yield from (exchanged({e: (a, to)}) for a in away)
                 continue
             for other in plan.experts_of_rank(to):  # one of those there makes room
                 for third in ranks:
-                    if held[third] < problem.capacity[third] and third not in owners[other] \
-                            and not is_needed(problem, owners, other, to):
+                    if held[third] < problem.capacity[third] and may_move(other, to, third):
                         yield from (exchanged({e: (a, to), other: (to, third)}) for a in away)
         for other, to in placed:
-            if r < to and other != e and to not in owners[e] and r not in owners[other] and not fixed \
-                    and not is_needed(problem, owners, other, to):
+            if r < to and other != e and may_move(e, r, to) and may_move(other, to, r):
                 yield exchanged({e: (r, to), other: (to, r)})
 
 
@@ -87,15 +90,22 @@ def pieces_of(plan: LayerPlan, problem: Problem) -> Pieces:
     """The parts of every expert on every rank; those that an island must have stay in it."""
     placed = [(e, r, problem.loads[e] * share) for e, (ranks, shares) in enumerate(zip(plan.owners, plan.shares))
               for r, share in zip(ranks, shares)]
-    islands = [problem.islands[r] if is_needed(problem, list(plan.owners), e, r) else -1 for e, r, _ in placed]
-    experts, ranks, loads = zip(*((e, r, load) for e, r, load in placed))
+    experts, ranks, loads = zip(*placed)
+    islands = [-1] * len(placed)
+    if problem.hottest:
+        pinned = {}  # of each hot expert in each island, the first piece
+        for k, (e, r, _) in enumerate(placed):
+            if e in problem.hottest:
+                pinned.setdefault((e, problem.islands[r]), k)
+        for (_, island), k in pinned.items():
+            islands[k] = island
     return Pieces(np.array(experts), np.array(loads, dtype=float), np.array(ranks), np.array(islands))
 
 
 def with_shares(pieces: Pieces, problem: Problem) -> LayerPlan:
     """Pieces as a plan, with exact shares."""
     owners = owners_of(pieces, len(problem.loads))
-    if len(pieces.expert_P) - len(owners) > FEW and not problem.hot_copies:  # filled up to a time: shares are exact already
+    if len(pieces.expert_P) - len(owners) > FEW and not problem.hottest:  # filled up to a time: shares are exact already
         found = [[0.0] * len(ranks) for ranks in owners]
         for e, r, load in zip(pieces.expert_P.tolist(), pieces.rank_P.tolist(), pieces.load_P.tolist()):
             found[e][owners[e].index(r)] += load / problem.loads[e] if problem.loads[e] else 1.0
@@ -118,16 +128,19 @@ def owners_of(pieces: Pieces, experts: int) -> Owners:
 
 def tidy(owners: Owners, shares: tuple[tuple[float, ...], ...], problem: Problem, keep: bool = False) -> LayerPlan:
     """Leave out copies without rows that no island needs; round shares so that JSON keeps them, summing to one."""
-    kept_owners, kept_shares = list(owners), []
+    kept_owners, kept_shares = list(owners), [(1.0,)] * len(owners)
     for e, (ranks, parts) in enumerate(zip(owners, shares)):
-        if not keep and len(ranks) > 1:
-            for r, part in zip(ranks, parts):
-                if part <= 1e-6 and len(kept_owners[e]) > 1 and not is_needed(problem, kept_owners, e, r):
-                    kept_owners[e] = tuple(o for o in kept_owners[e] if o != r)
-        kept = [part for r, part in zip(ranks, parts) if r in kept_owners[e]]
-        rounded = [round(part / sum(kept), 9) if sum(kept) > 0 else round(1 / len(kept), 9) for part in kept]
-        rounded[-1] = round(1 - sum(rounded[:-1]), 9)
-        kept_shares.append(tuple(rounded))
+        if len(ranks) == 1:
+            continue
+        part_of = dict(zip(ranks, parts))
+        for r, part in () if keep else sorted(part_of.items(), key=lambda item: item[1]):
+            if part <= NOTHING and not is_needed(problem, kept_owners, e, r):
+                kept_owners[e] = tuple(o for o in kept_owners[e] if o != r)
+        kept = [part_of[r] for r in kept_owners[e]]
+        rounded = [round(part / sum(kept), 9) for part in kept]
+        largest = rounded.index(max(rounded))  # what rounding leaves goes there: it stays above 0
+        rounded[largest] = round(1 - sum(rounded[:largest]) - sum(rounded[largest + 1:]), 9)
+        kept_shares[e] = tuple(rounded)
     return LayerPlan(tuple(kept_owners), tuple(kept_shares))
 
 
@@ -140,11 +153,16 @@ def is_needed(problem: Problem, owners: Owners, expert: int, rank: int) -> bool:
 
 def add_copies(plan: LayerPlan, problem: Problem, enough_s: float) -> LayerPlan:
     """One copy after the other of an expert on the slowest rank, on the rank that shortens the makespan most."""
-    while plan.copies < problem.max_copies + problem.free_copies and makespan(plan, problem) > enough_s:
+    copy_s = copy_price(problem)
+    while plan.copies < min(FEW, problem.most_copies) and makespan(plan, problem) > enough_s:
         times = seconds(rank_loads(plan, problem.loads, len(problem.speeds)), problem.speeds)
         slowest = int(np.argmax(times))
+        shared = {r for ranks in plan.owners if len(ranks) > 1 for r in ranks} | {slowest}
+        if max((times[r] for r in range(len(times)) if r not in shared), default=0.0) + copy_s >= times[slowest]:
+            return plan  # a rank that this copy does not help is nearly as slow
         room = np.asarray(problem.capacity) - np.bincount([r for ranks in plan.owners for r in ranks], minlength=len(times))
-        targets = [int(r) for r in np.argsort(times, kind="stable") if room[r] > 0][:TRIED]
+        spare = (times[slowest] - times) * np.asarray(problem.speeds)  # rows that a rank could take
+        targets = [int(r) for r in np.argsort(-spare, kind="stable") if room[r] > 0][:TRIED]
         heaviest = sorted(plan.experts_of_rank(slowest), key=lambda e: (-problem.loads[e], e))[:TRIED]
         found = plan
         for e in heaviest:
@@ -162,14 +180,23 @@ def add_copies(plan: LayerPlan, problem: Problem, enough_s: float) -> LayerPlan:
 def drop_copies(plan: LayerPlan, problem: Problem) -> LayerPlan:
     """Do without copies that cost more than they save, the one with the fewest rows first."""
     while True:
-        owners = list(plan.owners)
-        copies = sorted((share * problem.loads[e], e, r) for e, (ranks, shares) in enumerate(zip(plan.owners, plan.shares))
-                        if len(ranks) > 1 for r, share in zip(ranks, shares) if not is_needed(problem, owners, e, r))
-        for _, e, r in copies[:TRIED]:
-            fewer = with_best_shares([tuple(o for o in ranks if (other, o) != (e, r)) for other, ranks in enumerate(owners)],
-                                     problem)
+        for _, e, r in unneeded_copies(plan, problem)[:TRIED]:
+            fewer = without_copy(plan, problem, e, r)
             if cost(fewer, problem) <= cost(plan, problem) * (1 + 1e-9):
                 plan = fewer
                 break
         else:
             return plan
+
+
+def without_copy(plan: LayerPlan, problem: Problem, expert: int, rank: int) -> LayerPlan:
+    """The plan with one placement less, and exact shares."""
+    owners = [tuple(r for r in ranks if (e, r) != (expert, rank)) for e, ranks in enumerate(plan.owners)]
+    return with_best_shares(owners, problem)
+
+
+def unneeded_copies(plan: LayerPlan, problem: Problem) -> list[tuple[float, int, int]]:
+    """(rows, expert, rank) of every placement that its expert could do without, those with the fewest rows first."""
+    owners = list(plan.owners)
+    return sorted((share * problem.loads[e], e, r) for e, (ranks, shares) in enumerate(zip(plan.owners, plan.shares))
+                  if len(ranks) > 1 for r, share in zip(ranks, shares) if not is_needed(problem, owners, e, r))

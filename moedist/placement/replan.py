@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 
 from moedist.placement.cost import cost, makespan
 from moedist.placement.fill import search
+from moedist.placement.hot import covered, covers
 from moedist.placement.plan import LayerPlan
 from moedist.placement.problem import Problem
 from moedist.placement.refine import owners_of, pieces_of, with_best_shares
@@ -39,15 +40,19 @@ def replan_layer(problem: Problem, old: LayerPlan, move_cost_s: float = 0.0, hor
     """The best of: the old owners with new shares; at most `max_moves` moves; a new plan, matched to the old.
 
     Each is worth its makespan over the next `horizon_steps` steps, plus what its copies and its moves cost. The old owners
-    stay where another is better by less than `tolerance`, or where they break no limit.
+    stay where another is better by less than `tolerance`, unless they break a limit.
 
     Args:
+        problem: the present loads and speeds.
+        old: the plan in force, for the same experts and ranks.
         move_cost_s: seconds that moving one expert takes, once.
     """
     before = makespan(old, problem)
     stay = with_best_shares(list(old.owners), problem, keep=True)
-    candidates: list[tuple[str, LayerPlan]] = [("stay", stay)] if fits(stay, problem) else []
-    candidates += [("moves", plan) for plan in _moves(problem, stay, max_moves)]
+    candidates: list[tuple[str, LayerPlan]] = [("stay", stay)] if fits(stay, problem, tolerance) else []
+    for start in [stay] if candidates else covered(stay, problem):
+        candidates += [("moves", plan) for plan in (start, *_moves(problem, start, max_moves - moved(old, start)))
+                       if plan.owners != old.owners and fits(plan, problem, tolerance)]
     candidates.append(("full", match_ranks(plan_layer(problem), old, problem)))
 
     def price(plan: LayerPlan) -> float:
@@ -66,10 +71,11 @@ def moved(old: LayerPlan, new: LayerPlan) -> int:
     return sum(len(set(ranks) - set(was)) for was, ranks in zip(old.owners, new.owners))
 
 
-def fits(plan: LayerPlan, problem: Problem) -> bool:
-    """Whether a plan keeps the limits: places of every rank, no experts on ranks without speed."""
+def fits(plan: LayerPlan, problem: Problem, tolerance: float) -> bool:
+    """Whether a plan keeps the limits: places of every rank (none where there is no speed), copies, hot experts."""
     held = np.bincount([r for ranks in plan.owners for r in ranks], minlength=len(problem.speeds))
-    return bool((held <= np.asarray(problem.capacity)).all())
+    return bool((held <= np.asarray(problem.capacity)).all()) and plan.copies <= problem.most_copies \
+        and covers(plan, problem, tolerance)
 
 
 def _moves(problem: Problem, plan: LayerPlan, max_moves: int) -> list[LayerPlan]:
@@ -80,27 +86,25 @@ def _moves(problem: Problem, plan: LayerPlan, max_moves: int) -> list[LayerPlan]
         if not step:
             break
         changed += step
-        after = with_best_shares(owners_of(pieces, len(problem.loads)), problem)
-        if fits(after, problem):
-            found.append(after)
+        found.append(with_best_shares(owners_of(pieces, len(problem.loads)), problem))
     return found
 
 
 def match_ranks(new: LayerPlan, old: LayerPlan, problem: Problem) -> LayerPlan:
-    """`new` with ranks that are alike (speed, places, island) exchanged so that most experts stay where they are.
+    """`new` with ranks that are alike (speed, island) exchanged so that most experts stay where they are.
 
     An assignment problem (Kuhn 1955) within each class of alike ranks.
     """
     ranks = len(problem.speeds)
-    classes: dict[tuple, list[int]] = {}
+    classes: dict[tuple[float, int], list[int]] = {}
     for r in range(ranks):
-        island = problem.islands[r] if problem.islands is not None else 0
-        classes.setdefault((problem.speeds[r], problem.capacity[r], island), []).append(r)
+        classes.setdefault((problem.speeds[r], problem.islands[r] if problem.islands is not None else 0), []).append(r)
     old_of, new_of = ([set(layer.experts_of_rank(r)) for r in range(ranks)] for layer in (old, new))
-    renamed = list(range(ranks))
+    renamed, no_room = list(range(ranks)), -ranks * len(problem.loads)
     for alike in classes.values():
         if len(alike) > 1:
-            kept = np.array([[len(new_of[a] & old_of[b]) for b in alike] for a in alike])
+            kept = np.array([[len(new_of[a] & old_of[b]) if len(new_of[a]) <= problem.capacity[b] else no_room for b in alike]
+                             for a in alike])
             rows, columns = linear_sum_assignment(-kept)
             for a, b in zip(rows, columns):
                 renamed[alike[a]] = alike[b]

@@ -23,10 +23,12 @@ def least_makespan(problem: Problem) -> float:
         row = np.zeros(2 * n + 1)
         for k, v in terms.items():
             row[k] += v
-        rows.append(row), lower.append(low), upper.append(high)
+        rows.append(row)
+        lower.append(low)
+        upper.append(high)
 
     hottest = sorted(range(experts), key=lambda e: (-loads[e], e))[: problem.hot_copies]
-    islands = set(problem.islands or ())
+    islands = {i for i, room in zip(problem.islands or (), capacity) if room > 0}  # an island that holds nothing needs none
     for e in range(experts):
         constrain({y(e, r): 1 for r in range(ranks)}, 1, 1)
         constrain({x(e, r): 1 for r in range(ranks)}, 1, np.inf)
