@@ -1,6 +1,7 @@
 """Who holds the dense parameters, and the optimizer step over dense and expert parameters."""
 
+from moedist.engine.replace import replace_experts
 from moedist.engine.schedule import learning_rate
 from moedist.engine.torch_engine import StepResult, TorchEngine
 
-__all__ = ["StepResult", "TorchEngine", "learning_rate"]
+__all__ = ["StepResult", "TorchEngine", "learning_rate", "replace_experts"]

@@ -137,13 +137,10 @@ class ExpertForm:
 
     def stored(self, tensors: Mapping[str, torch.Tensor], indices: Mapping[str, torch.Tensor], hidden: int) -> Compressed:
         """The expert as compression sees it; `hidden` are its neurons before any compression."""
-        found: dict[str, Matrix] = {}
-        for part, matrix in PARTS[self.gated].items():
-            kind = _kind_of(matrix, tensors)
-            values = {**tensors, **indices}
-            found[part] = kind(**{short: values[name] for names in (TENSORS, INDICES) for short in names.get(kind, ())
-                                  for name in _names(matrix, (short,))})
-        return Compressed(hidden, indices.get("neurons"), found)
+        vectors = {name: vector for name, vector in indices.items() if name != "neurons"}
+        kinds = {part: _kind_of(matrix, tensors) for part, matrix in PARTS[self.gated].items()}
+        fields = by_part({**tensors, **vectors})
+        return Compressed(hidden, indices.get("neurons"), {part: kind(**fields[part]) for part, kind in kinds.items()})
 
 
 def tensors_of(compressed: Compressed) -> dict[str, torch.Tensor]:
@@ -162,6 +159,18 @@ def named(compressed: Compressed, parts: Mapping[str, Mapping[str, torch.Tensor]
     matrix = PARTS["gate" in compressed.parts]
     return {name: tensor for part, tensors in parts.items() for short, tensor in tensors.items()
             for name in _names(matrix[part], (short,))}
+
+
+def by_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The inverse of `named`: part -> name within a stored matrix -> tensor."""
+    gated = any(name.startswith("w3") for name in tensors)
+    found: dict[str, dict[str, torch.Tensor]] = {part: {} for part in PARTS[gated]}
+    for part, matrix in PARTS[gated].items():
+        for name, tensor in tensors.items():
+            own, _, short = name.partition(".")
+            if own == matrix:
+                found[part][short or "weight"] = tensor
+    return found
 
 
 def forms_by_expert(shapes: Mapping[str, Sequence[int]]) -> dict[int, dict[int, ExpertForm]]:
