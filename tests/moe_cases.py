@@ -8,13 +8,14 @@ import torch
 
 from moedist.config import RouterConfig
 from moedist.dispatch import Dispatcher, Layout, build_transport
-from moedist.model.experts import ExpertBank
+from moedist.model.experts import build_bank
 from moedist.model.feed_forward import FeedForward
 from moedist.model.initialise import fill_normal
 from moedist.model.moe import MoELayer
 from moedist.placement import LayerPlan
 from moedist.routing import RouterInput, build_router
 from moedist.world import World
+from tests.model.expert_forms import expert_of, fill, forms_of
 
 AUX_WEIGHTS = {"balance_loss": 0.7, "z_loss": 0.3}
 
@@ -24,7 +25,8 @@ class Case:
     """A layer, a batch and where both live.
 
     `owners[e]` is a rank, or a tuple of ranks that hold copies, `shares[e]` then their shares (none given: equal);
-    `sequences[r]` are the sequences of rank r.
+    `sequences[r]` are the sequences of rank r. `kinds[e]` says how the matrices of expert e are stored (none given: dense),
+    see `tests.model.expert_forms`.
     """
 
     owners: tuple[int | tuple[int, ...], ...]
@@ -41,6 +43,7 @@ class Case:
     shared: int = 0
     training: bool = True
     shares: tuple[tuple[float, ...], ...] = ()
+    kinds: tuple[str, ...] = ()
 
     def plan(self) -> LayerPlan:
         owners = tuple(o if isinstance(o, tuple) else (o,) for o in self.owners)
@@ -93,9 +96,10 @@ def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtyp
     experts = len(case.owners)
     layout = Layout(case.plan(), world.rank, world.size)
     widths = case.widths or (5,) * experts
-    bank = ExpertBank(0, layout.local_experts, case.width, [widths[e] for e in layout.local_experts], case.activation,
-                      device, dtype)
-    bank.initialise(seed=1, std=0.5, out_std=0.5)
+    stored = {e: expert_of(case.kinds[e] if case.kinds else "dense", widths[e], case.width, 2, case.activation == "swiglu", e)
+              for e in layout.local_experts}
+    bank = build_bank(0, layout.local_experts, list(forms_of(stored).values()), case.width, case.activation, device, dtype)
+    fill(bank, stored)
     config = RouterConfig(name=case.router, capacity_factor=case.capacity_factor, bias_rate=0.1 if case.bias else 0.0)
     router = build_router(case.width, experts, case.top_k, config, case.sequence)
     shared = FeedForward(case.width, case.shared, case.activation) if case.shared else None

@@ -46,9 +46,14 @@ def save_checkpoint(run: RunFolder, step: int, tensors: dict[str, torch.Tensor],
             dcp.save(dict(tensors), checkpoint_id=str(part), process_group=world.control, no_dist=world.size == 1)
         if world.is_main:
             (part / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            if final.exists():  # the same step saved again, after a resume
-                shutil.rmtree(final)
-            part.rename(final)
+            if final.exists():  # the same step saved again, after a resume or a compression
+                old = final.with_name(final.name + ".old")
+                shutil.rmtree(old, ignore_errors=True)
+                final.rename(old)  # removed when the new one is in place
+                part.rename(final)
+                shutil.rmtree(old)
+            else:
+                part.rename(final)
             for old in run.steps()[:-keep]:
                 shutil.rmtree(run.checkpoint(old))
     except (OSError, RuntimeError, checkpoint_exception) as error:
@@ -71,6 +76,22 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint ({error}); remove it to use an older one") from error
 
 
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of everything that a checkpoint holds, whichever rank wrote it.
+
+    Raises:
+        CheckpointError: its index is damaged.
+    """
+    dcp, _ = _library()
+    try:
+        with _quiet():
+            stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever pickle makes of a damaged index
+        raise CheckpointError(f"{checkpoint} cannot be read ({_first_cause(error)}); remove it to use an older "
+                              "one") from error
+    return {name: tuple(tensor.size) for name, tensor in stored.items()}
+
+
 def load_checkpoint(checkpoint: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
     """Fill `tensors` in place from a checkpoint, whatever world wrote it. Every rank must call it.
 
@@ -78,18 +99,14 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, torch.Tensor], world: W
         CheckpointError: a name is missing, a shape differs (a checkpoint of another model), or a file is damaged.
     """
     dcp, checkpoint_exception = _library()
+    stored = stored_shapes(checkpoint)
+    for name, tensor in tensors.items():
+        if name not in stored:
+            raise CheckpointError(f"{checkpoint} has no {name!r}: it is of another model; resume with its own config.yaml")
+        if stored[name] != tuple(tensor.shape):
+            raise CheckpointError(f"{checkpoint} has {name!r} of shape {stored[name]}, this model {tuple(tensor.shape)}: it "
+                                  "is of another model; resume with its own config.yaml")
     with _quiet():
-        try:
-            stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
-        except Exception as error:  # whatever pickle makes of a damaged index
-            raise CheckpointError(f"{checkpoint} cannot be read ({_first_cause(error)}); remove it to use an older "
-                                  "one") from error
-        for name, tensor in tensors.items():
-            if name not in stored:
-                raise CheckpointError(f"{checkpoint} has no {name!r}: it is of another model; resume with its own config.yaml")
-            if tuple(stored[name].size) != tuple(tensor.shape):
-                raise CheckpointError(f"{checkpoint} has {name!r} of shape {tuple(stored[name].size)}, this model "
-                                      f"{tuple(tensor.shape)}: it is of another model; resume with its own config.yaml")
         try:
             dcp.load(dict(tensors), checkpoint_id=str(checkpoint), process_group=world.control, no_dist=world.size == 1)
         except (OSError, RuntimeError, checkpoint_exception) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moedist.checkpoint import RunFolder, load_checkpoint, read_meta
+from moedist.checkpoint import RunFolder, forms_of, load_checkpoint, read_meta
 from moedist.config import Config
 from moedist.coordinator import equal_plan
 from moedist.data import Tokenizer
@@ -36,6 +36,6 @@ def open_run(folder: RunFolder, config: Config, world: World, step: int | None =
     meta = read_meta(checkpoint)
     tokenizer = Tokenizer.load(folder.path)
     model = Transformer(config, tokenizer.vocab_size, equal_plan(config, world.size), build_transport(world), world.device,
-                        weight_dtype(config))
+                        weight_dtype(config), forms=forms_of(checkpoint))
     load_checkpoint(checkpoint, model.named_state(), world)
     return OpenedRun(config, tokenizer, model.eval(), meta["progress"]["step"])

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from moedist.coordinator.migrate import migrate, rounds_of_moves
+from moedist.engine import replace_experts
 from moedist.model import Batch
 from moedist.placement import LayerPlan, Plan
 from tests.engine.test_engine import engine_of
+from tests.model.expert_forms import expert_of
 from tests.ranks import run_ranks
 
 IDS = torch.arange(24).view(4, 6) % 20
@@ -53,6 +55,42 @@ def test_moving_experts_and_copies_changes_no_loss():
             assert norm == pytest.approx(norm_alone, rel=1e-10)
         for name, tensor in part.items():
             torch.testing.assert_close(tensor, weights[name], rtol=1e-9, atol=1e-11)
+
+
+def mixed_losses(world, counts, plans, steps):
+    """As `losses`, with experts of several forms; and the kinds of banks that this rank has had."""
+    engine, kinds = engine_of(world, counts, eps=1e-3), set()
+    experts = {0: expert_of("interp", 8, 16, 3, seed=1), 1: expert_of("dense", 5, 16, seed=2, before=8),
+               2: expert_of("cur two interp", 6, 16, 2, seed=3, before=8)}
+    replace_experts(engine, {layer: {e: experts[e] for e in moe.dispatcher.layout.primary_experts if e in experts}
+                             for layer, moe in engine.model.moe_layers()})
+    mine = slice(world.rank, None, world.size)
+    found = []
+    for step in range(steps):
+        if step in plans:
+            assert migrate(world, engine, plans[step]) > 0
+        kinds |= {type(bank).__name__ for bank in engine.model.banks.values()}
+        engine.backward(engine.model(Batch((IDS[mine] + step) % 20, torch.zeros_like(IDS[mine]), 0))[0].pow(3).sum() / 24)
+        found.append(engine.step(0.01, EMPTY).grad_norm)
+    tensors = {n: t.clone() for n, t in engine.named_tensors().items()}
+    return found, kinds, tensors, {n: t.clone() for n, t in engine.model.named_state().items()}
+
+
+def test_experts_move_in_any_form_with_their_optimizer_state():
+    """Rank 1 has only dense experts, then only factored ones, then none, and so on: its kind of bank changes."""
+    alone, _, everything, state = run_ranks(1, mixed_losses, [4], {}, 9)[0]
+    plans = {2: plan_of(3, (1, 0, 1, 2), (1, 0, 1, 2)), 4: plan_of(3, ((0, 1), 1, (0, 1, 2), 2), (2, 1, 2, 0)),
+             6: plan_of(3, ((1, 2), 1, (0, 1, 2), 0), ((0, 2), 1, 0, 2)), 7: plan_of(3, (0, 1, 2, 0), (0, 0, 0, 0))}
+    parts = run_ranks(3, mixed_losses, [1, 1, 2], plans, 9)
+    union = {}
+    for found, _, tensors, held in parts:
+        assert found == pytest.approx(alone, rel=1e-10)
+        union |= tensors
+        for name, value in {**tensors, **held}.items():
+            torch.testing.assert_close(value, (everything | state)[name], rtol=1e-9, atol=1e-11)
+    assert union.keys() == everything.keys() and "layers.0.experts.2.w2.kept" in union
+    assert "optimizer.exp_avg_sq.layers.1.experts.0.w1.basis" in union and "layers.1.experts.1.neurons" in union
+    assert parts[1][1] == {"ExpertBank", "FactoredBank"}
 
 
 def bits_of_copies(world, plan):

@@ -10,6 +10,7 @@ from tests.moe_cases import Case, run_case
 from tests.ranks import run_ranks
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+FORMS = ("dense", "interp", "two", "cur", "interp dense two")
 
 
 def check_equals_one_process(case: Case) -> None:
@@ -47,6 +48,7 @@ def cases(draw, router: str) -> Case:
     owners = draw(st.lists(draw(st.sampled_from([one, some])), min_size=experts, max_size=experts))
     sequences = draw(st.lists(st.integers(0, 3), min_size=world, max_size=world))
     widths = draw(st.one_of(st.just([]), st.lists(st.integers(1, 6), min_size=experts, max_size=experts)))
+    kinds = draw(st.one_of(st.just([]), st.lists(st.sampled_from(FORMS), min_size=experts, max_size=experts)))
     parts = [draw(st.lists(st.integers(0, 4), min_size=len(o), max_size=len(o)).filter(any)) if isinstance(o, tuple) else [1]
              for o in owners]
     shares = tuple(tuple(p / sum(ps) for p in ps) for ps in parts)
@@ -54,7 +56,7 @@ def cases(draw, router: str) -> Case:
                 activation=draw(st.sampled_from(["swiglu", "gelu"])),
                 capacity_factor=draw(st.sampled_from([None, 0.5, 1.0])), seed=draw(st.integers(0, 1000)),
                 shared=3 if router == "shared_expert" else 0, training=draw(st.booleans()),
-                shares=shares)
+                shares=shares, kinds=tuple(kinds))
 
 
 @pytest.mark.parametrize("router", sorted(ROUTERS))
@@ -75,9 +77,18 @@ def test_uneven_ranks(world, top_k):
     check_equals_one_process(Case(owners, (3, 0, 2, 1)[:world], top_k=top_k, sequence=5))
 
 
-def test_experts_without_tokens_get_zero_gradients():
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_experts_in_every_form(activation):
+    """Rank 0 has a bank of dense experts, rank 1 one of several forms, rank 2 both kinds as copies, rank 3 none."""
+    case = Case((0, 1, 1, (0, 2), (1, 2), 1), (1, 2, 0, 1), widths=(5, 6, 4, 3, 6, 5), activation=activation,
+                kinds=("dense", "interp", "cur", "dense", "interp two dense", "dense"))
+    check_equals_one_process(case)
+
+
+@pytest.mark.parametrize("kinds", [(), ("interp",) * 4])
+def test_experts_without_tokens_get_zero_gradients(kinds):
     """A large bias sends every token to experts 0 and 1: the others' gradients are zero, not missing."""
-    case = Case((0, 1, 1, 0), (2, 1), top_k=2, bias=(9.0, 9.0, 0.0, 0.0))
+    case = Case((0, 1, 1, 0), (2, 1), top_k=2, bias=(9.0, 9.0, 0.0, 0.0), kinds=kinds)
     check_equals_one_process(case)
     for part in run_ranks(2, run_case, case):
         for name, grad in part.expert_grads.items():
