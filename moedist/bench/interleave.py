@@ -15,11 +15,11 @@ SLOW_FACTOR, SLOW_ROUNDS = 4, 3
 
 
 def interleaved_medians(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2,
-                        device: torch.device = torch.device("cpu")) -> dict[str, float]:
+                        device: torch.device = torch.device("cpu"), slow_factor: float = SLOW_FACTOR) -> dict[str, float]:
     """Median seconds of every function over `rounds` rounds; each round calls all of them once, in rotating order.
 
-    One that is 4 times slower than the fastest is timed three times before the rounds and takes no part in them: it
-    decides nothing, and would take most of the time and leave a heap of gigabytes to those after it.
+    One that is `slow_factor` times slower than the fastest is timed three times before the rounds and takes no part in
+    them: it decides nothing, and would take most of the time and leave a heap of gigabytes to those after it.
     """
     def timed(name: str) -> float:
         start = time.perf_counter()
@@ -29,7 +29,7 @@ def interleaved_medians(runs: Mapping[str, Callable[[], object]], rounds: int, w
         return time.perf_counter() - start
 
     first = {name: min(timed(name) for _ in range(2)) for name in runs}
-    names = [name for name in runs if first[name] <= SLOW_FACTOR * min(first.values())]
+    names = [name for name in runs if first[name] <= slow_factor * min(first.values())]
     seconds = {name: [timed(name) for _ in range(SLOW_ROUNDS)] for name in runs if name not in names}
     return_freed_memory()
     for i in range(warmup + rounds):

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from moedist.bench.compressed import JOINT, WHOLE, bench_compressed, compressed_forms
 from moedist.bench.interleave import interleaved_medians
 from moedist.bench.layer import SHAPES, _check_agreement, bench_device, bench_layer, build_bench_layer, measure, our_forward
 from moedist.errors import MoedistError
@@ -43,6 +44,31 @@ def test_interleaving_calls_everything_in_turn_and_the_slow_apart():
     medians = interleaved_medians({"a": run("a", 0.02), "slow": run("slow", 0.4), "b": run("b", 0.02)}, rounds=3, warmup=1)
     assert calls == ["a", "a", "slow", "slow", "b", "b"] + ["slow"] * 3 + ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert list(medians) == ["a", "slow", "b"] and medians["slow"] >= 0.4
+
+
+def test_one_that_takes_part_whatever_its_speed():
+    calls = []
+    runs = {"a": lambda: calls.append("a"), "slow": lambda: (calls.append("slow"), time.sleep(0.02))}
+    interleaved_medians(runs, rounds=2, warmup=0, slow_factor=float("inf"))
+    assert calls == ["a", "a", "slow", "slow", "a", "slow", "slow", "a"]
+
+
+def test_compressed_kinds_have_their_share_of_the_numbers():
+    for shape in ("coarse", "fine"):
+        forms = compressed_forms(SHAPES[shape])
+        numbers = {name: sum(form.numbers for form in of_experts) for name, of_experts in forms.items()}
+        assert all(0.28 < n / numbers[WHOLE] < 0.32 for name, n in numbers.items() if name != WHOLE), numbers
+        assert numbers[JOINT] == numbers[f"{JOINT}, unequal widths"]
+        uneven = {form.hidden for form in forms[f"{JOINT}, unequal widths"]}
+        assert len(uneven) > 4 and all(width % 8 == 0 < width for width in uneven)
+    assert {form.hidden for form in compressed_forms(SHAPES["coarse"])[JOINT]} == {616}
+
+
+def test_compressed_banks_are_measured(tmp_path, capsys):
+    figures = bench_compressed(1, str(tmp_path / "f.json"), "fine")
+    assert json.loads((tmp_path / "f.json").read_text()) == figures and list(figures) == ["layer.compressed70.time_ratio"]
+    out = capsys.readouterr().out
+    assert all(name in out for name in compressed_forms(SHAPES["fine"])) and figures["layer.compressed70.time_ratio"] > 0
 
 
 @pytest.mark.gpu
