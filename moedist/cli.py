@@ -25,6 +25,7 @@ EXAMPLES = {
     "bench layer": "example:\n  moedist bench layer --shapes fine --dtypes fp32 --json layer.json\n"
                    "  moedist bench layer --compressed --json compressed.json\n",
     "bench hetero": "example:\n  moedist bench hetero --json hetero.json\n",
+    "bench planner": "example:\n  moedist bench planner --json planner.json\n",
 }
 
 
@@ -83,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     hetero.add_argument("--warmup", type=_not_negative(int), default=30, help="steps before the measured ones")
     hetero.add_argument("--steps", type=_not_negative(int), default=40, help="measured steps of each training")
     hetero.add_argument("--json", help="write the figures to this file")
+
+    planner = _command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,
+                       example="bench planner")
+    planner.add_argument("--quick", action="store_true", help="a few small problems only")
+    planner.add_argument("--json", help="write the figures to this file")
     return parser
 
 
@@ -166,6 +172,8 @@ def _train(args: argparse.Namespace) -> None:
         from moedist.placement import plan_from_config
         config, ranks = load_config(args.config, args.overrides), args.ranks or _launched_ranks()
         check_config(config, ranks)
+        from moedist.phases import check_methods
+        check_methods(config)
         if config.data.source == "files":
             from moedist.data import source_splits
             source_splits(config.data)  # refuses a missing path and a folder without text
@@ -206,6 +214,11 @@ def _bench_layer(args: argparse.Namespace) -> None:
 def _bench_hetero(args: argparse.Namespace) -> None:
     from moedist.bench.hetero import bench_hetero
     bench_hetero(args.settle, args.warmup, args.steps, args.json)
+
+
+def _bench_planner(args: argparse.Namespace) -> None:
+    from moedist.bench.planner import bench_planner
+    bench_planner(args.quick, args.json)
 
 
 def _launched_ranks() -> int:

@@ -19,7 +19,7 @@ from moedist.engine import TorchEngine
 from moedist.errors import CheckpointError, DataError
 from moedist.model import Transformer
 from moedist.monitor import Recorder
-from moedist.phases import PHASES, Run
+from moedist.phases import PHASES, Run, check_methods
 from moedist.phases.run import Progress, weight_dtype
 from moedist.phases.train import Stopped, evaluate
 from moedist.placement import Plan, split_batch
@@ -45,6 +45,7 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     config, folder = _find_config(config_path, list(overrides), resume)
     size = find_launch().size
     check_config(config, size)
+    check_methods(config)
     checkpoint = folder.newest() if folder else None
     meta = read_meta(checkpoint) if checkpoint else None
     written, notice = written_plan(config, size, meta)
@@ -116,9 +117,9 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
     valid_stream = EvalStream(corpus.valid, config.data.sequence_length, config.train.eval_tokens)
     transport, vocab = build_transport(world), corpus.tokenizer.vocab_size
     world.meter.begin(meta["progress"]["step"] if meta else 0)  # a declared slow-down is that of the step it goes on from
-    plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say)
-    model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter,
-                        forms_of(checkpoint) if checkpoint else None)
+    forms = forms_of(checkpoint) if checkpoint else None
+    plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say, forms)
+    model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter, forms)
     engine = TorchEngine(model, config.train, world)
     progress = Progress()
     if checkpoint and meta:

@@ -2,7 +2,8 @@
 
     config.yaml     the resolved configuration       metrics.jsonl   one object per logged step or evaluation
     tokenizer.json  the tokenizer                    plans.jsonl     one object per plan, with its first step
-    ranks.json      what was measured of every rank  checkpoints/step-00000100/...
+    ranks.json      what was measured of every rank  compression-00000100.json   what became of every expert
+    checkpoints/step-00000100/...
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is not a run folder (it has no config.yaml); give a folder that "
                                   "`moedist train` made, such as runs/quickstart-...")
         return load_config(self.config_file, overrides)
+
+    def compression_file(self, step: int) -> Path:
+        """What became of every expert in the compression after `step`."""
+        return self.path / f"compression-{step:08d}.json"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"

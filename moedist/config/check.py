@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from moedist.config.schema import Config
+from moedist.config.load import compress_config
+from moedist.config.schema import CompressConfig, Config
 from moedist.errors import ConfigError
 
 ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert")
+METHODS = ("cur", "cur-hybrid", "interp", "cur-matrix", "svd", "svd-whitened", "svd-fisher", "prune-random",
+           "prune-magnitude")
+BUDGETS = ("global", "uniform", "frequency")
 CHOICES = {
     "data.source": ("embedded", "files", "hub"),
     "model.activation": ("swiglu", "gelu"),
@@ -35,7 +39,7 @@ def check_config(config: Config, world_size: int) -> None:
     """
     _check_values(config)
     _check_model(config)
-    _check_phases(config)
+    _check_phases(config, world_size)
     t = config.train
     if t.batch % t.accumulate:
         raise ConfigError(f"train.batch ({t.batch} sequences) must be a multiple of train.accumulate ({t.accumulate}); "
@@ -111,14 +115,37 @@ def _check_model(config: Config) -> None:
                           f"not {r.name}; set router.bias_rate=0")
 
 
-def _check_phases(config: Config) -> None:
+def _check_phases(config: Config, world_size: int) -> None:
     if not config.phases:
         raise ConfigError("phases is empty; give at least one, such as phases: [{train: 300}]")
     for i, phase in enumerate(config.phases):
-        if not isinstance(phase, dict) or list(phase) != ["train"]:
-            raise ConfigError(f"phases[{i}] is {phase!r}; known phases: {{train: STEPS}}")
-        if not isinstance(phase["train"], int) or phase["train"] < 1:
-            raise ConfigError(f"phases[{i}] trains {phase['train']!r} steps; give a whole number above 0")
+        if not isinstance(phase, dict) or len(phase) != 1 or not phase.keys() <= {"train", "compress"}:
+            raise ConfigError(f"phases[{i}] is {phase!r}; known phases: {{train: STEPS}} and "
+                              "{compress: {method: cur, ratio: 0.5}}, each an entry of its own")
+        (name, value), = phase.items()
+        if name == "compress":
+            _check_compress(config, compress_config(value, f"phases[{i}].compress"), f"phases[{i}].compress", world_size)
+        elif not isinstance(value, int) or value < 1:
+            raise ConfigError(f"phases[{i}] trains {value!r} steps; give a whole number above 0")
+
+
+def _check_compress(config: Config, c: CompressConfig, where: str, world_size: int) -> None:
+    if not config.moe_layers():
+        raise ConfigError(f"{where}: the model has no experts to compress (model.moe_every is 0)")
+    for name, allowed in (("method", METHODS), ("budget", BUDGETS)):
+        if (value := getattr(c, name)) not in allowed:
+            raise ConfigError(f"{where}.{name} is {value!r}; choose one of {', '.join(allowed)}")
+    if (c.ratio is None) + (c.bytes is None) == 0 or c.ratio is c.bytes is c.rank_bytes:
+        raise ConfigError(f"{where} needs one of ratio and bytes, or rank_bytes; it has ratio={c.ratio}, bytes={c.bytes}, "
+                          f"rank_bytes={c.rank_bytes}")
+    if c.ratio is not None and not 0 <= c.ratio < 1:
+        raise ConfigError(f"{where}.ratio is {c.ratio:g}: the share to remove, at least 0 and below 1")
+    if any(not 0 <= r < world_size for r in c.rank_bytes or ()):
+        raise ConfigError(f"{where}.rank_bytes names ranks {sorted(c.rank_bytes)}, but the ranks are 0..{world_size - 1}")
+    if min(c.tokens, c.calibration_bytes, c.distill_lr) <= 0 or c.distill_steps < 0 or not 0 <= c.floor < 1:
+        raise ConfigError(f"{where} has tokens={c.tokens}, calibration_bytes={c.calibration_bytes}, distill_lr="
+                          f"{c.distill_lr:g} (each above 0), distill_steps={c.distill_steps} (0 or more), floor={c.floor:g} "
+                          "(at least 0 and below 1); one of them is out of its range")
 
 
 def _get(config: Config, name: str):

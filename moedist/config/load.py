@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from moedist.config.schema import Config
+from moedist.config.schema import CompressConfig, Config
 from moedist.errors import ConfigError
 
 Shape = TypeVar("Shape")
@@ -47,6 +47,13 @@ def load_dataclass(cls: type[Shape], path: str | pathlib.Path, overrides: Iterab
 def config_from_dict(tree: dict[str, Any], overrides: Iterable[str] = (), origin: str = "the configuration") -> Config:
     """The configuration of a nested dict with dotted overrides on top; see `load_config` for the errors."""
     return _from_dict(Config, tree, overrides, origin)
+
+
+def compress_config(value: Any, origin: str = "a compress phase") -> CompressConfig:
+    """The value of a `compress` entry of the schedule; see `load_config` for the errors."""
+    if not isinstance(value, dict) or not value:
+        raise ConfigError(f"{origin} is {value!r}; give a method and a ratio, such as {{compress: {{method: cur, ratio: 0.5}}}}")
+    return _from_dict(CompressConfig, value, (), origin)
 
 
 def _from_dict(cls: type[Shape], tree: dict[str, Any], overrides: Iterable[str], origin: str) -> Shape:

@@ -139,6 +139,25 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class CompressConfig:
+    """Values of a `compress` entry of the schedule."""
+
+    method: str = key("cur", "cur, cur-hybrid, interp, cur-matrix, svd, svd-whitened, svd-fisher, prune-random or "
+                             "prune-magnitude")
+    ratio: Optional[float] = key(None, "share of the experts' bytes to remove")
+    bytes: Optional[int] = key(None, "bytes that all experts may take, instead of a ratio")
+    rank_bytes: Optional[dict[int, int]] = key(None, "rank -> bytes that the experts on it may take")
+    budget: str = key("global", "global (one ranking over all experts and layers), uniform, or frequency (by routed tokens)")
+    floor: float = key(0.02, "share of every expert that is kept in any case")
+    tokens: int = key(65536, "training tokens that the experts are watched on, forward and backward")
+    calibration_bytes: int = key(2**32, "memory of a rank for what is summed meanwhile; where all layers together take "
+                                        "more, they are gone through a few at a time")
+    distill_steps: int = key(0, "steps in which each smaller expert learns to do what the larger one did, layer by layer")
+    distill_lr: float = key(1e-4, "learning rate of these steps")
+    options: dict[str, Any] = key(dict, "fields of the method, such as {least_squares: false} (see moedist.compress)")
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = key("run", "name of the run; its folder is <folder>/<name>-<time>")
     folder: str = key("runs", "folder that run folders are made in")
@@ -149,7 +168,8 @@ class Config:
     placement: PlacementConfig = key(PlacementConfig, "which rank owns which experts and how much of the batch")
     train: TrainConfig = key(TrainConfig, "how it is trained")
     engine: EngineConfig = key(EngineConfig, "who holds the dense parameters")
-    phases: list[Any] = key(lambda: [{"train": 300}], "the schedule, one entry a phase: {train: steps}")
+    phases: list[Any] = key(lambda: [{"train": 300}], "the schedule, one entry a phase: {train: steps}, or {compress: "
+                                                      "{method: cur, ratio: 0.5}} (keys of moedist.config.CompressConfig)")
     world: WorldConfig = key(WorldConfig, "devices and process groups")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "when state is saved")
     monitor: MonitorConfig = key(MonitorConfig, "what is logged where")

@@ -4,6 +4,6 @@ from moedist.coordinator.coordinator import Coordinator
 from moedist.coordinator.migrate import migrate
 from moedist.coordinator.sizes import Sizes
 from moedist.coordinator.speeds import RankTimes
-from moedist.coordinator.start import equal_plan, start_plan, written_plan
+from moedist.coordinator.start import equal_plan, plan_again, start_plan, written_plan
 
-__all__ = ["Coordinator", "RankTimes", "Sizes", "equal_plan", "migrate", "start_plan", "written_plan"]
+__all__ = ["Coordinator", "RankTimes", "Sizes", "equal_plan", "migrate", "plan_again", "start_plan", "written_plan"]

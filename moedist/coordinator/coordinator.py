@@ -38,6 +38,12 @@ class Coordinator:
         self._thread: threading.Thread | None = None
         self._proposal: Callable[[], Proposal] | None = None
 
+    def experts_changed(self, sizes: Sizes, facts: Sequence[RankFacts] | None) -> None:
+        """Experts have other sizes now, and the ranks were measured anew; a plan that is being thought out is dropped."""
+        self.sizes, self._thread, self._proposal = sizes, None, None
+        if facts is not None:
+            self.facts, self._tracker = facts, SpeedTracker(facts)
+
     def state(self) -> dict[str, Any]:
         """What the next run needs to plan as well as this one would: the mean loads."""
         return {"loads": {i: [round(v, 3) for v in load.tolist()] for i, load in self._loads.items()}}

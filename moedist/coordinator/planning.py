@@ -63,9 +63,10 @@ def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Size
                              f"({', '.join(f'{f.free_bytes / 2**30:.1f}' for f in facts)} GiB free, an expert takes "
                              f"{4 * sizes.expert_bytes / 2**20:.1f} MiB with its optimizer in each of {len(sizes.moe_layers)} "
                              "layers); add ranks or make experts smaller")
+    work = {layer: sizes.work(layer, loads[layer]) for layer in sizes.moe_layers}
     return {layer: Problem(
-        loads=tuple(float(f) for f in loads[layer]), speeds=cluster.expert.effective(max(sum(loads[layer]), 1), sizes.calls),
-        slots=slots, islands=tuple(f.island for f in facts), max_copies=config.max_copies,
+        loads=tuple(float(f) for f in work[layer]), speeds=cluster.expert.effective(max(sum(work[layer]), 1), sizes.calls),
+        slots=slots, islands=islands, max_copies=config.max_copies,
         copy_cost_s=2 * sizes.expert_bytes / min(links) if links else 0.0, hot_copies=config.hot_copies)
         for layer in sizes.moe_layers}
 
@@ -75,7 +76,9 @@ def batch_counts(cluster: Cluster, layers: Sequence[LayerPlan], sizes: Sizes, co
     speeds = cluster.dense.effective(sizes.tokens, sizes.calls)
     caps = config.max_batch
     if caps is None:
-        held = [sum(len(layer.experts_of_rank(f.rank)) for layer in layers) for f in cluster.facts]
+        held = [0] * len(cluster.facts)
+        for rank in (r for layer in layers for owners in layer.owners for r in owners):
+            held[rank] += 1
         caps = [sizes.sequence_slots(MEMORY_PART * f.free_bytes, n) for f, n in zip(cluster.facts, held)]
     return plan_batch(sizes.part, speeds, caps)
 
@@ -108,25 +111,44 @@ def next_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Siz
     counts = batch_counts(cluster, list(layers.values()), sizes, config)
     if _slowest(cluster, counts, sizes) > (1 - config.tolerance) * _slowest(cluster, old_counts, sizes):
         counts = old_counts
-    changed = [what for what, differs in (("experts", any(layers[i] != old.layer(i) for i in layers)),
-                                          ("batch", counts != old_counts)) if differs]
-    reason = f"{' and '.join(changed)} move: {_why(cluster, old)}" if changed else ""
-    return _proposal(found, layers, counts, old, cluster, reason)
+    reasons = []
+    if any(layers[i] != old.layer(i) for i in layers):
+        reasons.append(f"experts move: {_why_experts(cluster, old)}")
+    if counts != old_counts:
+        reasons.append(f"batch moves: {_why_batch(cluster, old_counts, counts, sizes)}")
+    return _proposal(found, layers, counts, old, cluster, "; ".join(reasons))
 
 
 def _slowest(cluster: Cluster, counts: Sequence[int], sizes: Sizes) -> float:
     """Predicted dense time of a step."""
-    return max(cluster.dense.seconds(r, n * sizes.calls * sizes.sequence, sizes.calls) for r, n in enumerate(counts))
+    return max(_dense_s(cluster, counts, sizes))
 
 
-def _why(cluster: Cluster, old: Plan) -> str:
+def _dense_s(cluster: Cluster, counts: Sequence[int], sizes: Sizes) -> list[float]:
+    """Predicted dense time of a step on every rank."""
+    return cluster.dense.seconds_of_all([n * sizes.calls * sizes.sequence for n in counts], sizes.calls).tolist()
+
+
+def _why_experts(cluster: Cluster, old: Plan) -> str:
     """Ranks whose speed is no longer what the old plan was made for; else the loads are the reason."""
     changes = []
     for fact, now, then in zip(cluster.facts, cluster.expert.per_s, old.speeds):
         if then and not 0.8 < now / then < 1.25:
-            changes.append(f"rank {fact.rank} ({fact.host}, {fact.device}) does {now:,.0f} expert rows/s, {now / then:.2f} of "
-                           f"the {then:,.0f} the last plan was made for")
-    return "; ".join(changes) or "the experts' loads have changed"
+            changes.append(f"{_name(fact)} does {now:,.0f} expert rows/s, {now / then:.2f} of the {then:,.0f} the last plan "
+                           "was made for")
+    return ", ".join(changes) or "the experts' loads have changed"
+
+
+def _why_batch(cluster: Cluster, old: Sequence[int], new: Sequence[int], sizes: Sizes) -> str:
+    """The rank that the others waited for."""
+    seconds = _dense_s(cluster, old, sizes)
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    return (f"{_name(cluster.facts[slowest])} took longest outside experts, {1e3 * seconds[slowest]:.0f} ms with "
+            f"{old[slowest]} sequences, and now has {new[slowest]}")
+
+
+def _name(fact: RankFacts) -> str:
+    return f"rank {fact.rank} ({fact.host}, {fact.device})"
 
 
 def _proposal(found: Mapping[int, Problem], layers: Mapping[int, LayerPlan], counts: Sequence[int], old: Plan | None,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Mapping, Sequence
 
+import numpy as np
+
 from moedist.coordinator.planning import Cluster
 from moedist.coordinator.sizes import Sizes
 from moedist.placement import LayerPlan, Plan, equal_counts, rank_loads, split_batch
@@ -39,36 +41,39 @@ def predict(cluster: Cluster, plan: Plan, loads: Mapping[int, Sequence[float]], 
     """
     ranks = len(cluster.facts)
     counts = split_batch(sizes.part, plan.batch_shares)
-    dense = [cluster.dense.seconds(r, n * sizes.calls * sizes.sequence, sizes.calls) for r, n in enumerate(counts)]
-    expert_total, exchange, per_rank = 0.0, 0.0, [0.0] * ranks
+    dense_W = cluster.dense.seconds_of_all([n * sizes.calls * sizes.sequence for n in counts], sizes.calls)
+    expert_total, exchange, expert_W = 0.0, 0.0, np.zeros(ranks)
     for layer, placed in plan.layers:
-        rows = rank_loads(placed, loads[layer], ranks)
-        seconds = [cluster.expert.seconds(r, n, sizes.calls) for r, n in enumerate(rows)]
-        per_rank = [a + b for a, b in zip(per_rank, seconds)]
-        expert_total += max(seconds)
-        exchange += max(_exchange_s(cluster, r, rows, counts, sizes) for r in range(ranks))
+        rows_W = rank_loads(placed, loads[layer], ranks)
+        seconds_W = cluster.expert.seconds_of_all(rows_W, sizes.calls)
+        expert_W += seconds_W
+        expert_total += float(seconds_W.max())
+        exchange += _exchange_s(cluster, rows_W, np.asarray(counts), sizes)
     copies = sum(placed.copies for _, placed in plan.layers)
     slowest = min((f.alltoall_bytes_per_s for f in cluster.facts if f.alltoall_bytes_per_s), default=0.0)
     # a ring all-reduce moves every byte twice; copies' gradients go to the primary and its weights back
     sync = 2 * (sizes.dense_bytes + copies * sizes.expert_bytes) / slowest if slowest and ranks > 1 else 0.0
-    return StepTime(max(dense), expert_total, exchange, sync, tuple(per_rank), tuple(dense))
+    return StepTime(float(dense_W.max()), expert_total, exchange, sync, tuple(expert_W.tolist()), tuple(dense_W.tolist()))
 
 
-def _exchange_s(cluster: Cluster, rank: int, rows_W: Sequence[float], counts_W: Sequence[int], sizes: Sizes) -> float:
-    """Seconds that the row exchanges of a layer take a rank: what it sends or what it gets, whichever is more."""
-    fact, total = cluster.facts[rank], sum(rows_W)
-    if not fact.alltoall_bytes_per_s or not total:
+def _exchange_s(cluster: Cluster, rows_W: np.ndarray, counts_W: np.ndarray, sizes: Sizes) -> float:
+    """Seconds of the row exchanges of a layer on the rank where they take longest: what it sends or what it gets, whichever
+    is more."""
+    if not rows_W.sum():
         return 0.0
-    batch, load = counts_W[rank] / sum(counts_W), rows_W[rank] / total
-    away = max(batch * (1 - load), load * (1 - batch)) * total  # rows between this rank and others
-    return EXCHANGES * (sizes.calls * fact.alltoall_latency_s + away * sizes.row_bytes / fact.alltoall_bytes_per_s)
+    bytes_per_s_W, latency_W = (np.array([getattr(f, name) for f in cluster.facts])
+                                for name in ("alltoall_bytes_per_s", "alltoall_latency_s"))
+    batch_W, load_W = counts_W / counts_W.sum(), rows_W / rows_W.sum()
+    away_W = np.maximum(batch_W * (1 - load_W), load_W * (1 - batch_W)) * rows_W.sum()  # between this rank and others
+    linked = bytes_per_s_W > 0
+    seconds_W = sizes.calls * latency_W + away_W * sizes.row_bytes / np.where(linked, bytes_per_s_W, 1.0)
+    return EXCHANGES * float(seconds_W[linked].max(initial=0.0))
 
 
-def bound_s(cluster: Cluster, sizes: Sizes) -> tuple[float, float]:
+def bound_s(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes) -> tuple[float, float]:
     """(dense, expert) seconds of a step if work could be cut without limit: no plan is faster."""
-    dense = sizes.tokens / sum(cluster.dense.effective(sizes.tokens, sizes.calls))
-    expert = sizes.rows / sum(cluster.expert.effective(sizes.rows, sizes.calls))
-    return dense, expert * len(sizes.moe_layers)
+    dense = cluster.dense.least_s(sizes.tokens, sizes.calls)
+    return dense, sum(cluster.expert.least_s(sum(load), sizes.calls) for load in loads.values())
 
 
 def equal_plan_of(ranks: int, sizes: Sizes) -> Plan:

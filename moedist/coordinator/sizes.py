@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Mapping, Sequence
+
+import torch
 
 from moedist.config import Config
+from moedist.data.tokenizer import BYTE_VOCAB, Tokenizer
+from moedist.model import ExpertForm
+from moedist.routing import build_router
 
 STATES = 4  # values a parameter takes while training: weight, gradient, two Adam moments
 
@@ -21,6 +27,7 @@ class Sizes:
         dense_bytes: weights of all that is not expert.
         token_bytes: activations that one token of one forward pass keeps until its backward pass, estimated.
         row_bytes: one row of activations, as it is sent.
+        costs: layer -> work of a row of each expert, [E], over that of an uncompressed one; a layer not here has 1 for all.
     """
 
     experts: int
@@ -33,6 +40,7 @@ class Sizes:
     dense_bytes: int
     token_bytes: int
     row_bytes: int
+    costs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, vocab: int) -> "Sizes":
@@ -43,14 +51,37 @@ class Sizes:
         head = m.width // m.heads
         attention = m.width * head * (m.heads + 2 * m.kv_heads) + m.width * m.width
         dense = vocab * m.width * (1 if m.tie_embeddings else 2) + m.layers * attention \
-            + (m.layers - len(moe)) * gate * m.width * m.ffn_hidden \
-            + len(moe) * (m.width * m.experts + gate * m.width * m.expert_hidden * m.shared_experts)
+            + (m.layers - len(moe)) * gate * m.width * m.ffn_hidden + (2 * m.layers + 1) * m.width \
+            + len(moe) * (_router_size(config) + gate * m.width * m.expert_hidden * m.shared_experts)
         low = 2 if t.dtype in ("bfloat16", "float16") else value
         # per block: norms and residuals, q, k, v, attention's result, K rows in and out with their hidden values
         block = m.width * (2 * value + 4 * low) + m.top_k * (2 * m.width + (gate - 1) * m.expert_hidden) * low
         per_token = (m.width * value * m.layers if m.recompute else block * m.layers) + block
         return cls(m.experts, m.top_k, tuple(moe), t.batch // t.accumulate, t.accumulate, config.data.sequence_length,
                    gate * m.width * m.expert_hidden * value, dense * value, per_token, m.width * low)
+
+    def compressed(self, forms: Mapping[int, Mapping[int, ExpertForm]], value_bytes: int) -> "Sizes":
+        """With experts as they are stored now.
+
+        Args:
+            forms: layer -> expert -> form, of all experts.
+            value_bytes: of one number.
+        """
+        whole = self.expert_bytes / value_bytes
+        found = [form.numbers for of_layer in forms.values() for form in of_layer.values()]
+        costs = {i: tuple(of_layer[e].numbers / whole for e in range(self.experts)) for i, of_layer in forms.items()}
+        return replace(self, expert_bytes=int(sum(found) / len(found) * value_bytes), costs=costs)
+
+    def work(self, layer: int, rows: Sequence[float]) -> list[float]:
+        """[E] rows of every expert as so many rows of an uncompressed one."""
+        costs = self.costs.get(layer)
+        return list(rows) if costs is None else [n * cost for n, cost in zip(rows, costs)]
+
+    @property
+    def mean_cost(self) -> float:
+        """Work of a row, mean over all experts."""
+        found = [cost for of_layer in self.costs.values() for cost in of_layer]
+        return sum(found) / len(found) if found else 1.0
 
     @property
     def tokens(self) -> int:
@@ -72,3 +103,17 @@ class Sizes:
         """Sequences of one forward pass that fit beside the dense part and `experts` experts over all layers."""
         left = free_bytes - STATES * (self.dense_bytes + experts * self.expert_bytes)
         return max(0, int(left // (self.sequence * self.token_bytes)))
+
+
+def _router_size(config: Config) -> int:
+    """Weights of one layer's router."""
+    m = config.model
+    with torch.device("meta"):
+        router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
+    return sum(p.numel() for p in router.parameters())
+
+
+def likely_vocab(config: Config) -> int:
+    """Size of the vocabulary without reading any text: a bpe tokenizer that is yet to be trained has what is asked for."""
+    kind = config.data.tokenizer
+    return {"byte": BYTE_VOCAB, "bpe": config.data.vocab}.get(kind) or Tokenizer.from_file(kind).vocab_size

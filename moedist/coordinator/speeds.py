@@ -6,14 +6,18 @@ that a rank with few rows, whose time is mostly the call, does not look slow.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Sequence
 
+import numpy as np
+
 from moedist.coordinator.facts import RankFacts
 
 WINDOW = 12  # steps that the median is taken of: one odd step changes nothing, a change shows after half of them
+LITTLE = 0.01  # of an equal part: a rank with so few rows is nearly all call, and no faster with fewer
 ALIKE = 0.1  # speeds that differ by less are taken to be equal: measurements of equal ranks differ by as much
 
 
@@ -25,12 +29,14 @@ class RankTimes:
         rows: expert rows of every rank [W], by layer.
         tokens: tokens of every rank's part of the batch, [W].
         expert_s, dense_s: seconds in experts, and computing outside experts and collectives, [W].
+        work: as `rows`, as so many rows of uncompressed experts; None: the same.
     """
 
     rows: dict[int, list[int]]
     tokens: list[int]
     expert_s: list[float]
     dense_s: list[float]
+    work: dict[int, list[int]] | None = None
 
     @property
     def expert_over_mean(self) -> float:
@@ -48,19 +54,37 @@ class Speeds:
 
     def seconds(self, rank: int, amount: float, calls: float) -> float:
         """Predicted time of a rank for so many rows or tokens in so many calls; a rank with nothing to do takes none."""
-        return calls * self.call_s[rank] + amount / self.per_s[rank] if amount else 0.0
+        if not amount:
+            return 0.0
+        return calls * self.call_s[rank] + amount / self.per_s[rank] if self.per_s[rank] else math.inf
+
+    def seconds_of_all(self, amounts_W: Sequence[float], calls: float) -> np.ndarray:
+        """`seconds` of every rank, [W]."""
+        amounts, per_s = np.asarray(amounts_W, dtype=float), np.asarray(self.per_s)
+        times = calls * np.asarray(self.call_s) + amounts / np.where(per_s > 0, per_s, 1.0)
+        return np.where(amounts > 0, np.where(per_s > 0, times, np.inf), 0.0)
+
+    def least_s(self, total: float, calls: float) -> float:
+        """The least time in which the ranks can do `total` rows together, cut freely: those whose calls alone take longer
+        stay out, all others are done at the same moment."""
+        able = sorted((calls * c, s) for c, s in zip(self.call_s, self.per_s) if s > 0)
+        work = speed = 0.0
+        for (busy_s, s), (next_s, _) in zip(able, [*able[1:], (math.inf, 0.0)]):
+            speed += s
+            work += s * busy_s
+            if (total + work) / speed <= next_s:
+                break
+        return (total + work) / speed
 
     def effective(self, total: float, calls: float) -> tuple[float, ...]:
         """Rows per second with the calls counted in, [W], where ranks share `total` so that all take equally long.
 
-        The planner wants time in proportion to load; this is the proportion at the load it will find.
+        The planner wants time in proportion to load; this is the proportion at the load it will find. A rank that would
+        get next to nothing is judged by `LITTLE` of an equal part.
         """
-        speeds = self.per_s
-        for _ in range(5):
-            parts = [total * s / sum(speeds) for s in speeds]
-            speeds = tuple(part / self.seconds(r, part, calls) if part else s
-                           for r, (part, s) in enumerate(zip(parts, speeds)))
-        return speeds
+        level_s, little = self.least_s(total, calls), LITTLE * total / len(self.per_s)
+        parts = [max(little, s * (level_s - calls * c)) for c, s in zip(self.call_s, self.per_s)]
+        return tuple(part / (calls * c + part / s) if s else 0.0 for part, c, s in zip(parts, self.call_s, self.per_s))
 
     def scaled(self, factors: Sequence[float]) -> "Speeds":
         """Each rank `factors[r]` times slower."""
@@ -106,7 +130,7 @@ class SpeedTracker:
     def observe(self, times: RankTimes, calls: int) -> None:
         """Take in one step, of `calls` forward and backward passes."""
         for r, (expert, dense) in enumerate(self._seen):
-            layers = [rows[r] for rows in times.rows.values()]
+            layers = [rows[r] for rows in (times.work or times.rows).values()]
             predicted = sum(self._expert.seconds(r, rows, calls) for rows in layers)
             if predicted:
                 expert.append(times.expert_s[r] / predicted)

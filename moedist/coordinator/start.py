@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 from moedist.config import Config, PlacementConfig
 from moedist.coordinator.coordinator import Coordinator
+from moedist.coordinator.facts import RankFacts
 from moedist.coordinator.probe import describe, probe
 from moedist.coordinator.sizes import Sizes
 from moedist.dispatch import Transport
 from moedist.errors import PlacementError
+from moedist.model import ExpertForm
 from moedist.placement import Plan, plan_from_config
 from moedist.world import World
+
+Forms = Mapping[int, Mapping[int, ExpertForm]]  # layer -> expert -> form, of all experts
 
 
 def written_plan(config: Config, world_size: int, meta: dict[str, Any] | None) -> tuple[Plan | None, str | None]:
@@ -35,14 +39,17 @@ def written_plan(config: Config, world_size: int, meta: dict[str, Any] | None) -
 
 
 def start_plan(config: Config, world: World, transport: Transport, vocab: int, written: Plan | None,
-               meta: dict[str, Any] | None, say: Callable[[str], None]) -> tuple[Plan, Coordinator]:
-    """The plan to start with, measured where none is written, and the coordinator that goes on from it."""
-    sizes, state = Sizes.of(config, vocab), (meta or {}).get("coordinator")
+               meta: dict[str, Any] | None, say: Callable[[str], None], forms: Forms | None = None) -> tuple[Plan, Coordinator]:
+    """The plan to start with, measured where none is written, and the coordinator that goes on from it.
+
+    Args:
+        forms: of the experts of the checkpoint that is resumed.
+    """
+    sizes, state = sizes_of(config, vocab, forms), (meta or {}).get("coordinator")
     if written is not None:
         world.refuse_unequal("plan", written.sha256, "check that all ranks run the same moedist and configuration")
-        return written, Coordinator(world, config, sizes)
-    facts = probe(world, config, vocab, transport, say)
-    say(describe(facts))
+        return written, Coordinator(world, config, sizes, state=state)
+    facts = measured_facts(config, world, transport, vocab, sizes, say)
     coordinator = Coordinator(world, config, sizes, facts, state)
     old = Plan.from_json(meta["plan"]) if meta and meta["world_size"] == world.size else None
     plan, why_not = coordinator.first_plan(old)
@@ -50,6 +57,38 @@ def start_plan(config: Config, world: World, transport: Transport, vocab: int, w
         say(f"warning: experts and batch are placed equally, because the ranks could not agree on a plan: {why_not}")
         plan = old or equal_plan(config, world.size)
     return plan, coordinator
+
+
+def plan_again(config: Config, world: World, transport: Transport, vocab: int, coordinator: Coordinator, plan: Plan,
+               forms: Forms, say: Callable[[str], None]) -> Plan:
+    """The plan to go on with, now that experts have other forms: measured anew, unless the plan was written down."""
+    sizes = sizes_of(config, vocab, forms)
+    if coordinator.facts is None:
+        coordinator.experts_changed(sizes, None)
+        return plan
+    coordinator.experts_changed(sizes, measured_facts(config, world, transport, vocab, sizes, say))
+    found, why_not = coordinator.first_plan(plan)
+    if found is None:
+        say(f"warning: the plan stays as it was: {why_not}")
+    return found or plan
+
+
+def measured_facts(config: Config, world: World, transport: Transport, vocab: int, sizes: Sizes,
+                   say: Callable[[str], None]) -> list[RankFacts]:
+    """What a probe finds, for experts as large as the mean one; rows are those of an uncompressed expert."""
+    hidden = max(1, round(config.model.expert_hidden * sizes.mean_cost))
+    model = dataclasses.replace(config.model, expert_hidden=hidden)
+    facts = probe(world, dataclasses.replace(config, model=model), vocab, transport, say)
+    say(describe(facts))
+    cost = hidden / config.model.expert_hidden
+    return [dataclasses.replace(fact, expert_rows_per_s=fact.expert_rows_per_s * cost) if fact.measured else fact
+            for fact in facts]
+
+
+def sizes_of(config: Config, vocab: int, forms: Forms | None) -> Sizes:
+    """Sizes of a model whose experts may have been compressed."""
+    sizes = Sizes.of(config, vocab)
+    return sizes.compressed(forms, 8 if config.train.dtype == "float64" else 4) if forms else sizes
 
 
 def equal_plan(config: Config, world_size: int) -> Plan:

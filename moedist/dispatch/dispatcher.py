@@ -28,7 +28,7 @@ class Meta:
 
     Attributes:
         load_WE: int64 on the CPU, rows that each rank sent to each expert: the whole load matrix, on every rank.
-        rows_W: rows that the experts of each rank receive.
+        rows_P: rows of every placement (CPU), see `Layout`; rows_W: rows that the experts of each rank receive.
         extra_W: what each rank added to the count exchange, [W, len(extra)].
         expert_counts_L: rows of each local expert.
         send, receive: rows to and from every rank, own included.
@@ -38,6 +38,7 @@ class Meta:
     """
 
     load_WE: torch.Tensor
+    rows_P: torch.Tensor
     rows_W: list[int]
     extra_W: torch.Tensor
     expert_counts_L: list[int]
@@ -107,7 +108,8 @@ class Dispatcher:
             to_expert = layout.arrival_to_expert_R(load_WP)
             to_arrival = torch.empty_like(to_expert).index_copy_(0, to_expert, torch.arange(len(to_expert)))
             to_expert, to_arrival = to_expert.to(device), to_arrival.to(device)
-        return Meta(load_WE=load_WE, rows_W=layout.rows_of_ranks(load_WP.sum(0)), extra_W=extra_W,
+        rows_P = load_WP.sum(0)
+        return Meta(load_WE=load_WE, rows_P=rows_P, rows_W=layout.rows_of_ranks(rows_P), extra_W=extra_W,
                     expert_counts_L=layout.expert_counts(load_WP), send=layout.send_counts(load_WP),
                     receive=layout.receive_counts(load_WP), token_N=token_ids_N.index_select(0, order_N),
                     by_token_N=by_token_N, starts_T=per_token_T.cumsum(0) - per_token_T, to_expert_R=to_expert,

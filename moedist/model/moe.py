@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 from torch import nn
@@ -15,8 +16,10 @@ from torch import nn
 from moedist.dispatch import Dispatcher
 from moedist.model.bank import Bank
 from moedist.model.feed_forward import FeedForward
-from moedist.routing import Router, RouterInput, balance_loss_sum
+from moedist.routing import Assignment, Router, RouterInput, balance_loss_sum
 from moedist.timing import Meter
+
+Watch = Callable[[torch.Tensor, torch.Tensor, list[int], Assignment], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,14 @@ class LayerReport:
         aux_losses: name -> sum over local tokens, unweighted, with gradient.
         stats: name -> detached sum over local tokens.
         load_WE: rows every rank sent to every expert (CPU).
-        rows_W: rows that the experts of each rank computed.
+        rows_P, rows_W: rows that each placement (see `Layout`) and each rank computed.
         demand_E: rows that wanted each expert over all ranks, before capacity (CPU).
     """
 
     aux_losses: dict[str, torch.Tensor]
     stats: dict[str, torch.Tensor]
     load_WE: torch.Tensor
+    rows_P: torch.Tensor
     rows_W: list[int]
     demand_E: torch.Tensor
 
@@ -43,12 +47,17 @@ class MoELayer(nn.Module):
 
     The bank is deliberately not a submodule: the engine replicates what is in the module tree, and experts are not
     replicated.
+
+    Attributes:
+        watch: None, or called in every forward pass with (rows that arrived, what their experts made of them, rows of each
+            local expert, what the router of this rank wanted); what it returns takes the place of the experts' results.
     """
 
     def __init__(self, router: Router, bank: Bank, dispatcher: Dispatcher, shared: FeedForward | None = None,
                  meter: Meter | None = None):
         super().__init__()
         self.router, self.shared, self.meter = router, shared, meter
+        self.watch: Watch | None = None
         self.place(bank, dispatcher)
 
     def place(self, bank: Bank, dispatcher: Dispatcher) -> None:
@@ -68,7 +77,10 @@ class MoELayer(nn.Module):
         rows, meta = self.dispatcher.dispatch(source.flatten(0, 1), routed.token_ids_N, routed.expert_ids_N,
                                               extra=routed.demand_E)
         timed = functools.partial(self.meter.expert, self.bank.layer) if self.meter and self.training else nullcontext
-        rows = self.bank(rows, meta.expert_counts_L, timed)
+        arrived = rows
+        rows = self.bank(arrived, meta.expert_counts_L, timed)
+        if self.watch is not None:
+            rows = self.watch(arrived, rows, meta.expert_counts_L, routed)
         y = self.dispatcher.combine(rows, routed.weights_N, meta).view_as(source)
         if routed.mix_out is not None:
             y = routed.mix_out.to(y.dtype) @ y
@@ -81,4 +93,4 @@ class MoELayer(nn.Module):
         aux = dict(routed.aux_losses)
         if routed.prob_sum_E is not None:
             aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device))
-        return y, LayerReport(aux, routed.stats, meta.load_WE, meta.rows_W, demand_E)
+        return y, LayerReport(aux, routed.stats, meta.load_WE, meta.rows_P, meta.rows_W, demand_E)

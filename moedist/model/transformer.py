@@ -35,6 +35,9 @@ class Batch:
     keys_GS: torch.Tensor
     seed: int
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.ids_GS.to(device), self.keys_GS.to(device), self.seed)
+
 
 def rotary_tables(length: int, head: int, base: float, device: torch.device,
                   dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,9 @@ METRICS: dict[str, Metric] = {
     "moe/expert_over_mean": Metric("expert time of the slowest rank over the mean of all; 1 at perfect placement", "same"),
     "moe/dropped_fraction": Metric("rows dropped by capacity over rows wanted", "sum over sum"),
     "moe/router_entropy": Metric("nats, mean over layers", "mean over tokens"),
+    "compress/ratio": Metric("share of the experts' bytes removed", "same"),
+    "compress/bytes": Metric("bytes of all experts, index vectors included", "sum"),
+    "compress/seconds": Metric("s", "same"),
     "valid/loss": Metric("nats per token", "mean over tokens"),
     "valid/perplexity": Metric("", "mean over tokens"),
 }

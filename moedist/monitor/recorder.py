@@ -44,6 +44,11 @@ class Recorder:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
+    def bar(self, **options: Any) -> tqdm:
+        """A progress bar for something beside the steps; silent where it is not a terminal, and on other ranks."""
+        shown = self.active and sys.stderr.isatty()
+        return tqdm(**{**options, "disable": not shown})
+
     def record(self, step: int, values: dict[str, float], line: str | None = None) -> None:
         """Write metrics of `step` (all declared in `METRICS`) everywhere, and `line` for people."""
         if not self.active:

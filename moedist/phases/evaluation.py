@@ -50,7 +50,7 @@ def held_out_loss(model: Transformer, stream: EvalStream, world: World, dtype: t
 
 def forward_loss(model: Transformer, batch: Batch, targets_GS: torch.Tensor, device: torch.device, dtype: torch.dtype):
     """(sum of next-token losses, layer reports) of a batch of CPU tensors, computed in `dtype` on `device`."""
-    batch = Batch(batch.ids_GS.to(device), batch.keys_GS.to(device), batch.seed)
+    batch = batch.to(device)
     low = dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(device.type, dtype=dtype, enabled=low):
         hidden, reports = model(batch)

@@ -11,10 +11,10 @@ import torch
 
 from moedist.checkpoint import RunFolder, save_checkpoint
 from moedist.config import Config
-from moedist.coordinator import Coordinator, RankTimes, migrate
+from moedist.coordinator import Coordinator, RankTimes, migrate, plan_again
 from moedist.data import EvalStream, TrainStream
 from moedist.engine import TorchEngine
-from moedist.model import Transformer
+from moedist.model import ExpertForm, Transformer
 from moedist.monitor import Recorder
 from moedist.phases.evaluation import HeldOut
 from moedist.placement import Plan
@@ -68,10 +68,15 @@ class Run:
         """The dtype of activations."""
         return DTYPES[self.config.train.dtype]
 
-    def save(self) -> None:
-        """Write a checkpoint of where the run stands, unless there is one."""
+    @property
+    def low_precision(self) -> bool:
+        """Whether activations have 16 bits."""
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    def save(self, again: bool = False) -> None:
+        """Write a checkpoint of where the run stands, unless there is one (`again`: then too)."""
         step = self.progress.step
-        if step in self.folder.steps():
+        if step in self.folder.steps() and not again:
             return
         meta: dict[str, Any] = {
             "progress": vars(self.progress), "counters": self.engine.counters(), "plan": self.plan.to_json(),
@@ -99,6 +104,22 @@ class Run:
         every = self.config.placement.replan_every
         if every and self.progress.step % every == 0:
             self.coordinator.start_replan(self.plan)
+
+    def experts_changed(self) -> None:
+        """Experts have other forms now: measure and plan again, where the plan was measured. Every rank must call it."""
+        mine = {i: {e: bank.form_of(e) for e in bank.expert_ids} for i, bank in self.model.banks.items()}
+        forms: dict[int, dict[int, ExpertForm]] = {i: {} for i in mine}
+        for of_rank in self.world.gather_objects(mine):
+            for i, of_layer in of_rank.items():
+                forms[i].update(of_layer)
+        transport = next(iter(self.model.moe_layers()))[1].dispatcher.transport
+        plan = plan_again(self.config, self.world, transport, len(self.model.head_weight), self.coordinator, self.plan, forms,
+                          self.recorder.say)
+        if plan.sha256 != self.plan.sha256:
+            moved = migrate(self.world, self.engine, plan)
+            self.plan = plan
+            self.note_plan()
+            self.recorder.say(f"step {self.progress.step:>6}  re-plan after compression: {moved} experts moved")
 
     def note_plan(self) -> None:
         """Add the plan in force to the run folder's list of plans."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Mapping, Sequence
 
 import torch
 
@@ -94,7 +95,7 @@ def train_step(run: Run) -> StepReport:
     sums: dict[str, float | torch.Tensor] = dict.fromkeys(SUMS, 0.0)  # tensors until the end: one sync, not one a layer
     loads: dict[int, torch.Tensor] = {}
     demands: dict[int, torch.Tensor] = {}
-    rows: dict[int, list[int]] = {}
+    rows_P: dict[int, torch.Tensor] = {}
     for i in range(t.accumulate):
         inputs, targets = run.train_stream.batch(progress.sequences + i * part + offset, mine)
         keys = torch.arange(i * part + offset, i * part + offset + mine).unsqueeze(1) * sequence + torch.arange(sequence)
@@ -105,7 +106,7 @@ def train_step(run: Run) -> StepReport:
         for layer, report in reports.items():
             loads[layer] = loads.get(layer, 0) + report.load_WE
             demands[layer] = demands.get(layer, 0) + report.demand_E
-            rows[layer] = [a + b for a, b in zip(rows.get(layer, [0] * world.size), report.rows_W)]
+            rows_P[layer] = rows_P.get(layer, 0) + report.rows_P
     sums["stop"], sums["save"] = float(bool(run.signals.stop)), float(run.signals.save)
     sums["plan"] = float(run.coordinator.ready)
     times = world.meter.take()
@@ -122,8 +123,20 @@ def train_step(run: Run) -> StepReport:
     progress.sequences += t.batch
     summed = result.sums.tolist()
     expert_s, dense_s = result.sums[len(SUMS):].view(2, -1).tolist()
-    ranks = RankTimes(rows, [n * t.accumulate * sequence for n in counts], expert_s, dense_s)
+    ranks = RankTimes(_of_ranks(run, rows_P), [n * t.accumulate * sequence for n in counts], expert_s, dense_s,
+                      _of_ranks(run, rows_P, run.coordinator.sizes.costs))
     return StepReport(dict(zip(SUMS, summed)), result.grad_norm, loads, ranks, times)
+
+
+def _of_ranks(run: Run, rows_P: dict[int, torch.Tensor],
+              costs: Mapping[int, Sequence[float]] | None = None) -> dict[int, list[int]]:
+    """Rows of every rank by layer, from those of every placement; each times what a row of its expert costs."""
+    found = {}
+    for layer, moe in run.model.moe_layers():
+        layout, cost_E = moe.dispatcher.layout, (costs or {}).get(layer)
+        rows = rows_P[layer] if cost_E is None else rows_P[layer] * torch.tensor(cost_E)[layout.expert_P]
+        found[layer] = layout.rows_of_ranks(rows)
+    return found
 
 
 def _weighted_aux(run: Run, reports: dict[int, LayerReport],
