@@ -7,6 +7,7 @@ full: at most one cut a rank at the bound itself, as McNaughton's wrap-around ru
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from typing import Sequence
 
 import numpy as np
@@ -46,43 +47,38 @@ def fill_by_rank(problem: Problem, limit_s: float) -> Pieces | None:
     """
     speeds = np.asarray(problem.speeds, dtype=float)
     order = sorted((r for r, room in enumerate(problem.capacity) if room > 0), key=lambda r: (-speeds[r], r))
-    left = _largest_first(dict(enumerate(problem.loads)))
+    left = sorted((-load, e) for e, load in enumerate(problem.loads))  # the largest first
     places, space, waiting, copies = sum(problem.capacity), limit_s * float(speeds[order].sum()), sum(problem.loads), 0
     placed: list[Placed] = []
     for r in order:
         room, free = problem.capacity[r], limit_s * float(speeds[r])
         places, space = places - room, space - free
-        for e in list(left):
-            if room == 0:
-                break
-            if left[e] <= free * (1 + 1e-9):
-                part = left.pop(e)
-                placed.append((e, part, r))
-                free, room, waiting = max(0.0, free - part), room - 1, waiting - part
+        while room and (k := bisect_left(left, (-free * (1 + 1e-9), -1))) < len(left):  # the largest that fits
+            minus_part, e = left.pop(k)
+            placed.append((e, -minus_part, r))
+            free, room, waiting = max(0.0, free + minus_part), room - 1, waiting + minus_part
         if left and room and free > 1e-9 * limit_s * speeds[r] and waiting > space * (1 + 1e-9):
-            e = next(iter(left))  # the largest: it needs a cut sooner or later
+            minus_load, e = left.pop(0)  # the largest: it needs a cut sooner or later
             placed.append((e, free, r))
-            left[e], waiting, copies = left[e] - free, waiting - free, copies + 1
-            left = _largest_first(left)
+            insort(left, (minus_load + free, e))
+            waiting, copies = waiting - free, copies + 1
         if len(left) > places or copies > problem.max_copies:
             return None
     if left and waiting > 1e-6 * sum(problem.loads):
         return None
-    crumbs = [e for e in left if e not in {expert for expert, _, _ in placed}]  # and experts without rows
-    for e in crumbs:
+    done = {e for e, _, _ in placed}
+    for minus_load, e in left:  # crumbs, and experts without rows
+        if e in done:
+            continue
         held = np.bincount([r for _, _, r in placed], minlength=len(speeds))
         open_ranks = [r for r in order if held[r] < problem.capacity[r]]
         if not open_ranks:
             return None
-        placed.append((e, left[e], min(open_ranks, key=lambda r: (held[r] / speeds[r], r))))
+        placed.append((e, -minus_load, min(open_ranks, key=lambda r: (held[r] / speeds[r], r))))
     pieces = as_pieces(placed)
     if seconds_of(pieces, speeds) > limit_s * (1 + 1e-6):
         search(pieces, problem)
     return pieces
-
-
-def _largest_first(loads: dict[int, float]) -> dict[int, float]:
-    return dict(sorted(loads.items(), key=lambda item: (-item[1], item[0])))
 
 
 def fill_by_expert(problem: Problem, limit_s: float) -> Pieces | None:
@@ -98,8 +94,8 @@ def fill_by_expert(problem: Problem, limit_s: float) -> Pieces | None:
     spare, copies, over = int(room_W.sum()) - len(problem.loads), 0, False
     scarce = any(0 < room < len(problem.loads) for room in problem.capacity)
     placed: list[Placed] = []
-    for e, load in _largest_first(dict(enumerate(problem.loads))).items():
-        parts: list[tuple[int, float]] = []
+    for e in sorted(range(len(problem.loads)), key=lambda e: (-problem.loads[e], e)):
+        load, parts = problem.loads[e], []
         if left_W.max() >= load * (1 - 1e-9):
             parts = [(int(np.argmin(np.where(left_W >= load * (1 - 1e-9), (left_W - load) / safe, np.inf))), load)]
         else:

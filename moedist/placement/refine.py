@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Iterator
 
 import numpy as np
@@ -15,7 +16,8 @@ from moedist.placement.token_shares import best_shares
 
 FEW = 32  # copies, up to which each is looked at by itself
 TRIED = 4  # experts, ranks or copies that are tried in each round
-POLISHED = 24  # of the neighbours of a plan, the best
+NEIGHBOURS = 150  # of a small problem's plan, that are looked at
+POLISHED = 24  # of them, the best
 ROUNDS = 6  # of local search and exact shares, in turn
 NOTHING = 1e-6  # a share up to this is no reason for a copy
 
@@ -43,7 +45,7 @@ def shake(plan: LayerPlan, problem: Problem, enough_s: float) -> LayerPlan:
     """For small problems, where one piece is much: try every move and swap, also those that are worse at first."""
     seen = {plan.owners}
     for _ in range(ROUNDS):
-        fresh = {tuple(owners): None for owners in _neighbours(plan, problem)}
+        fresh = {tuple(owners): None for owners in itertools.islice(_neighbours(plan, problem), NEIGHBOURS)}
         near = sorted((with_best_shares(list(owners), problem) for owners in fresh if owners not in seen),
                       key=lambda other: cost(other, problem))
         seen.update(fresh)

@@ -96,7 +96,7 @@ def _last_touch(plans: list[LayerPlan], problem: Problem) -> LayerPlan:
             return plans[0]
     if places > TINY:
         return plans[0]
-    return min((shake(plan, problem, enough_s) for plan in plans), key=lambda plan: cost(plan, problem))
+    return min((shake(plan, problem, enough_s) for plan in plans[:2]), key=lambda plan: cost(plan, problem))
 
 
 def _whole(problem: Problem, how: str) -> Pieces:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
-import numpy as np
 from hypothesis import strategies as st
 
+from moedist.bench import planner as bench
 from moedist.errors import PlacementError
 from moedist.placement import Problem
 from moedist.placement.hot import hot_pieces
@@ -42,10 +43,6 @@ def problems(**ranges: tuple[int, int] | int) -> st.SearchStrategy[Problem]:
     return st.randoms(use_true_random=False).map(lambda rng: random_problem(rng, **ranges))
 
 
-def zipf_problem(ranks: int, experts: int, ratio: float, skew: float, seed: int = 0, **limits) -> Problem:
-    """Expert i gets rows in proportion to (i + 1)^-skew; speeds from 1 to `ratio` in powers of two; both in random order."""
-    rng = np.random.default_rng(seed)
-    loads = np.arange(1, experts + 1) ** -float(skew)
-    speeds = 2.0 ** np.round(np.log2(ratio) * np.arange(ranks) / max(1, ranks - 1))
-    loads *= 1e4 / loads.sum()
-    return Problem(tuple(rng.permutation(loads).tolist()), tuple(rng.permutation(speeds).tolist()), **limits)
+def zipf_problem(ranks: int, experts: int, ratio: int, skew: float, seed: int = 0, **limits) -> Problem:
+    """Zipf loads and speeds from 1 to `ratio`, as `moedist bench planner` has them; no copies unless `limits` says so."""
+    return replace(bench.zipf_problem(bench.Point(ranks, experts, ratio, skew), seed), **{"max_copies": 0, **limits})
