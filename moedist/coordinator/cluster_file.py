@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Sequence
 
 from moedist.config import key, load_dataclass
 from moedist.coordinator.facts import RankFacts
 from moedist.errors import ConfigError
+
+
+NEEDED = ("ranks", "ranks_per_node", "expert_rows_per_s", "dense_tokens_per_s", "memory_gib")
+ALIKE = 0.25  # ranks of one device whose speeds differ by less are of one kind
 
 
 @dataclass(frozen=True)
@@ -39,50 +47,100 @@ def read_cluster(path: str | Path) -> list[Kind]:
     """The kinds of a cluster file.
 
     Raises:
-        ConfigError: the file is missing or has an unknown key, or a kind lacks its ranks, speeds or memory.
+        ConfigError: the file is missing or has an unknown key, a kind lacks its ranks, speeds or memory, or two kinds
+            have one name.
     """
     kinds = load_dataclass(ClusterFile, path).kinds
     if not kinds:
         raise ConfigError(f"{path} describes no ranks; list them under kinds:, see configs/clusters/mixed.yaml")
     for i, kind in enumerate(kinds):
-        lacking = [name for name in ("ranks", "ranks_per_node", "expert_rows_per_s", "dense_tokens_per_s", "memory_gib")
-                   if getattr(kind, name) <= 0]
-        if lacking:
-            raise ConfigError(f"{path}: kinds[{i}] ({kind.name or 'no name'}) has {', '.join(f'{n}={getattr(kind, n):g}' for n in lacking)};"
-                              " each must be above 0 (moedist probe measures speeds)")
+        needed = {name: getattr(kind, name) for name in NEEDED}
+        if lacking := [f"{name}={value:g}" for name, value in needed.items() if not 0 < value < math.inf]:
+            raise ConfigError(f"{path}: kinds[{i}] ({kind.name or 'no name'}) has {', '.join(lacking)}; each must be above 0 "
+                              "(moedist probe measures speeds)")
+        if negative := [f"{name}={value:g}" for name, value in vars(kind).items() if isinstance(value, float) and value < 0]:
+            raise ConfigError(f"{path}: kinds[{i}] ({kind.name or 'no name'}) has {', '.join(negative)}; nothing can be below 0")
+    names = Counter(kind.name for kind in kinds)
+    if twice := [name or "no name" for name, n in names.items() if n > 1]:
+        raise ConfigError(f"{path}: several kinds are called {', '.join(twice)}; give each a name of its own")
     return kinds
 
 
-def facts_of(kinds: list[Kind]) -> tuple[RankFacts, ...]:
+def facts_of(kinds: Sequence[Kind]) -> tuple[RankFacts, ...]:
     """One rank after the other, kind by kind."""
     vendors = list(dict.fromkeys(kind.vendor or kind.name for kind in kinds))
-    facts: list[RankFacts] = []
+    return tuple(replace(_fact(kind, i, vendors.index(kind.vendor or kind.name)), rank=rank)
+                 for rank, (kind, i) in enumerate((kind, i) for kind in kinds for i in range(kind.ranks)))
+
+
+def _fact(kind: Kind, index: int, island: int) -> RankFacts:
+    memory = int(kind.memory_gib * 2**30)
+    return RankFacts(
+        rank=index, host=f"{kind.name}-{index // kind.ranks_per_node}", device=kind.name, vendor=kind.vendor,
+        device_name=kind.name, island=island, expert_call_s=kind.expert_call_s, expert_rows_per_s=kind.expert_rows_per_s,
+        expert_spread=0.0, dense_call_s=kind.dense_call_s, dense_tokens_per_s=kind.dense_tokens_per_s, dense_spread=0.0,
+        alltoall_bytes_per_s=1e9 * kind.link_gb_per_s, alltoall_latency_s=kind.link_latency_s, host_copy_bytes_per_s=0.0,
+        free_bytes=memory, total_bytes=memory, measured=True)
+
+
+def with_one_more_node(facts: Sequence[RankFacts], kind: Kind) -> tuple[RankFacts, ...]:
+    """The ranks there are, and those of one more node of a kind."""
+    known = {f.vendor or f.device_name: f.island for f in facts}
+    island = known.get(kind.vendor or kind.name, 1 + max(f.island for f in facts))
+    return (*facts, *(_fact(kind, len(facts) + i, island) for i in range(kind.ranks_per_node)))
+
+
+def alike(facts: Sequence[RankFacts]) -> list[list[int]]:
+    """Indices of ranks by kind: of one kind are ranks of the same device whose speeds differ by less than `ALIKE`."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(facts)), key=lambda i: (-facts[i].expert_rows_per_s, i)):
+        for group in groups:
+            if _alike(facts[group[0]], facts[i]):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return [sorted(group) for group in sorted(groups, key=lambda group: min(group))]
+
+
+def _alike(a: RankFacts, b: RankFacts) -> bool:
+    return (a.vendor, a.device_name) == (b.vendor, b.device_name) and all(
+        max(x, y) <= (1 + ALIKE) * min(x, y) for x, y in ((a.expert_rows_per_s, b.expert_rows_per_s),
+                                                          (a.dense_tokens_per_s, b.dense_tokens_per_s)))
+
+
+def kinds_of(facts: Sequence[RankFacts]) -> list[Kind]:
+    """Measured ranks as kinds: medians of what was measured, and as many of them to a node as a host has at most."""
+    groups = [[facts[i] for i in group] for group in alike(facts)]
+    seen: Counter[str] = Counter()
+    kinds = []
+    for group in groups:
+        name = group[0].device_name or group[0].device
+        seen[name] += 1
+        median = {attribute: statistics.median(getattr(f, attribute) for f in group) for attribute in (
+            "expert_rows_per_s", "expert_call_s", "dense_tokens_per_s", "dense_call_s", "free_bytes",
+            "alltoall_bytes_per_s", "alltoall_latency_s")}
+        kinds.append(Kind(
+            name=name if seen[name] == 1 else f"{name} ({seen[name]})", ranks=len(group),
+            ranks_per_node=max(Counter(f.host for f in group).values()), vendor=group[0].vendor,
+            expert_rows_per_s=median["expert_rows_per_s"], expert_call_s=median["expert_call_s"],
+            dense_tokens_per_s=median["dense_tokens_per_s"], dense_call_s=median["dense_call_s"],
+            memory_gib=median["free_bytes"] / 2**30, link_gb_per_s=median["alltoall_bytes_per_s"] / 1e9,
+            link_latency_s=median["alltoall_latency_s"]))
+    return kinds
+
+
+def cluster_yaml(kinds: Sequence[Kind], comment: str) -> str:
+    """A cluster file; `read_cluster` reads it back, numbers to four digits.
+
+    Args:
+        comment: its first line.
+    """
+    lines = [f"# {comment}", "kinds:"]
     for kind in kinds:
-        for i in range(kind.ranks):
-            facts.append(RankFacts(
-                rank=len(facts), host=f"{kind.name}-{i // kind.ranks_per_node}", device=kind.name, vendor=kind.vendor,
-                device_name=kind.name, island=vendors.index(kind.vendor or kind.name),
-                expert_call_s=kind.expert_call_s, expert_rows_per_s=kind.expert_rows_per_s, expert_spread=0.0,
-                dense_call_s=kind.dense_call_s, dense_tokens_per_s=kind.dense_tokens_per_s, dense_spread=0.0,
-                alltoall_bytes_per_s=1e9 * kind.link_gb_per_s, alltoall_latency_s=kind.link_latency_s,
-                host_copy_bytes_per_s=0.0, free_bytes=int(kind.memory_gib * 2**30),
-                total_bytes=int(kind.memory_gib * 2**30), measured=True))
-    return tuple(facts)
-
-
-def with_one_more_node(kinds: list[Kind], index: int) -> list[Kind]:
-    """The cluster with one more node of a kind."""
-    return [replace(kind, ranks=kind.ranks + kind.ranks_per_node) if i == index else kind for i, kind in enumerate(kinds)]
-
-
-def kinds_of(facts: tuple[RankFacts, ...]) -> list[Kind]:
-    """Measured ranks as a cluster of one kind a rank, so that a machine can be asked the same questions."""
-    return [Kind(**_kind(fact)) for fact in facts]
-
-
-def _kind(fact: RankFacts) -> dict[str, Any]:
-    return {"name": f"{fact.device_name or fact.device} (rank {fact.rank})", "vendor": fact.vendor,
-            "expert_rows_per_s": fact.expert_rows_per_s, "expert_call_s": fact.expert_call_s,
-            "dense_tokens_per_s": fact.dense_tokens_per_s, "dense_call_s": fact.dense_call_s,
-            "memory_gib": fact.free_bytes / 2**30, "link_gb_per_s": fact.alltoall_bytes_per_s / 1e9,
-            "link_latency_s": fact.alltoall_latency_s}
+        for i, f in enumerate(fields(kind)):
+            value = getattr(kind, f.name)
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else f"{value:.4g}" \
+                if isinstance(value, float) else str(value)
+            lines.append(f"  {'- ' if i == 0 else '  '}{f.name}: {text}")
+    return "\n".join(lines) + "\n"

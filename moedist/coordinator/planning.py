@@ -63,6 +63,7 @@ def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Size
                              f"({', '.join(f'{f.free_bytes / 2**30:.1f}' for f in facts)} GiB free, an expert takes "
                              f"{4 * sizes.expert_bytes / 2**20:.1f} MiB with its optimizer in each of {len(sizes.moe_layers)} "
                              "layers); add ranks or make experts smaller")
+    islands = tuple(f.island for f in facts)
     work = {layer: sizes.work(layer, loads[layer]) for layer in sizes.moe_layers}
     return {layer: Problem(
         loads=tuple(float(f) for f in work[layer]), speeds=cluster.expert.effective(max(sum(work[layer]), 1), sizes.calls),

@@ -22,7 +22,6 @@ from moedist.coordinator.probe_machine import Memory, device_memory, device_name
 from moedist.coordinator.probe_work import Sample, Work, compute_dtype, dense_work, expert_work
 from moedist.coordinator.sizes import Sizes
 from moedist.dispatch import Transport
-from moedist.monitor.table import table
 from moedist.world import World, return_freed_memory
 
 ROUNDS = 5  # at least; a single long round is worth less than several short ones
@@ -170,14 +169,3 @@ def _return_memory(world: World) -> None:
         return_freed_memory()
     elif empty_cache := getattr(torch.get_device_module(world.device), "empty_cache", None):
         empty_cache()
-
-
-def describe(facts: Sequence[RankFacts]) -> str:
-    """The facts as a table, one line a rank."""
-    fastest = max(f.expert_rows_per_s for f in facts)
-    rows = [[f.rank, f.host, f.device, f.device_name, f.island, f"{f.expert_rows_per_s:,.0f}",
-             f"{f.expert_rows_per_s / fastest:.3f}", f"{100 * f.expert_spread:.0f} %" if f.measured else "given",
-             f"{f.dense_tokens_per_s:,.0f}", f"{100 * f.dense_spread:.0f} %" if f.measured else "given",
-             f"{f.alltoall_bytes_per_s / 1e6:,.0f}", f"{f.free_bytes / 2**30:.1f}"] for f in facts]
-    return table(["rank", "host", "device", "name", "island", "expert rows/s", "of fastest", "spread", "dense tokens/s",
-                  "spread", "all-to-all MB/s", "free GiB"], rows)

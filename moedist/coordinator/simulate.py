@@ -49,10 +49,7 @@ def predict(cluster: Cluster, plan: Plan, loads: Mapping[int, Sequence[float]], 
         expert_W += seconds_W
         expert_total += float(seconds_W.max())
         exchange += _exchange_s(cluster, rows_W, np.asarray(counts), sizes)
-    copies = sum(placed.copies for _, placed in plan.layers)
-    slowest = min((f.alltoall_bytes_per_s for f in cluster.facts if f.alltoall_bytes_per_s), default=0.0)
-    # a ring all-reduce moves every byte twice; copies' gradients go to the primary and its weights back
-    sync = 2 * (sizes.dense_bytes + copies * sizes.expert_bytes) / slowest if slowest and ranks > 1 else 0.0
+    sync = _sync_s(cluster, plan, sizes)
     return StepTime(float(dense_W.max()), expert_total, exchange, sync, tuple(expert_W.tolist()), tuple(dense_W.tolist()))
 
 
@@ -68,6 +65,21 @@ def _exchange_s(cluster: Cluster, rows_W: np.ndarray, counts_W: np.ndarray, size
     linked = bytes_per_s_W > 0
     seconds_W = sizes.calls * latency_W + away_W * sizes.row_bytes / np.where(linked, bytes_per_s_W, 1.0)
     return EXCHANGES * float(seconds_W[linked].max(initial=0.0))
+
+
+def _sync_s(cluster: Cluster, plan: Plan, sizes: Sizes) -> float:
+    """Seconds that gradients take: a ring all-reduce moves every byte of the dense part twice; those of copies go to the
+    expert's primary and its weights back, all at once, so that the rank with most of them takes longest."""
+    bytes_per_s_W = np.array([f.alltoall_bytes_per_s for f in cluster.facts])
+    linked = bytes_per_s_W > 0
+    if len(linked) == 1 or not linked.any():
+        return 0.0
+    copies_W = np.zeros(len(linked))
+    for owners in (o for _, layer in plan.layers for o in layer.owners if len(o) > 1):
+        copies_W[owners[0]] += len(owners) - 1
+        copies_W[list(owners[1:])] += 1
+    of_copies = copies_W[linked] * sizes.expert_bytes / bytes_per_s_W[linked]
+    return 2 * (sizes.dense_bytes / bytes_per_s_W[linked].min() + float(of_copies.max()))
 
 
 def bound_s(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes) -> tuple[float, float]:

@@ -8,7 +8,8 @@ from typing import Any, Callable, Mapping
 from moedist.config import Config, PlacementConfig
 from moedist.coordinator.coordinator import Coordinator
 from moedist.coordinator.facts import RankFacts
-from moedist.coordinator.probe import describe, probe
+from moedist.coordinator.probe import probe
+from moedist.coordinator.probe_table import describe
 from moedist.coordinator.sizes import Sizes
 from moedist.dispatch import Transport
 from moedist.errors import PlacementError

@@ -1,10 +1,12 @@
 """Speeds: calls counted in, alike ranks made equal, corrected by what steps took."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moedist.coordinator.speeds import WINDOW, RankTimes, Speeds, SpeedTracker
+from moedist.coordinator.speeds import LITTLE, WINDOW, RankTimes, Speeds, SpeedTracker
 from tests.coordinator.ranks_of import facts_of
 
 
@@ -13,14 +15,42 @@ def times(rows, expert_s, tokens=None, dense_s=None):
     return RankTimes({0: list(rows)}, list(tokens or [0] * ranks), list(expert_s), list(dense_s or [0.0] * ranks))
 
 
-@given(st.lists(st.tuples(st.floats(0, 0.1), st.floats(1, 1e4)), min_size=1, max_size=6), st.floats(1e3, 1e6))
-def test_effective_speeds_make_all_ranks_take_equally_long(ranks, total):
+SOME_RANKS = st.lists(st.tuples(st.floats(0, 0.1), st.floats(1, 1e4)), min_size=1, max_size=6)
+
+
+@given(SOME_RANKS, st.floats(1e3, 1e6), st.integers(1, 3))
+def test_effective_speeds_make_all_ranks_take_equally_long(ranks, total, calls):
     speeds = Speeds(tuple(c for c, _ in ranks), tuple(s for _, s in ranks))
-    effective = speeds.effective(total, 1)
-    parts = [total * s / sum(effective) for s in effective]
-    seconds = [speeds.seconds(r, part, 1) for r, part in enumerate(parts)]
-    if min(seconds) > 3 * max(c for c, _ in ranks):  # a call longer than the work cannot be made up for
-        assert max(seconds) / min(seconds) < 1.1
+    effective, least = speeds.effective(total, calls), speeds.least_s(total, calls)
+    for r, (call, speed) in enumerate(ranks):
+        part = speed * (least - calls * call)
+        if part > LITTLE * total / len(ranks):
+            assert part / effective[r] == pytest.approx(least)
+            assert speeds.seconds(r, part, calls) == pytest.approx(least)
+        else:  # a rank whose call alone takes about as long looks slow, but not impossible
+            assert 0 < effective[r] <= speed
+
+
+@given(SOME_RANKS, st.floats(1e3, 1e6), st.lists(st.floats(0, 1), min_size=6, max_size=6))
+def test_no_way_to_share_the_rows_takes_less_than_the_least_time(ranks, total, cuts):
+    speeds = Speeds(tuple(c for c, _ in ranks), tuple(s for _, s in ranks))
+    cuts = cuts[:len(ranks)] if sum(cuts[:len(ranks)]) else [1.0] * len(ranks)
+    parts = [total * c / sum(cuts) for c in cuts]
+    assert max(speeds.seconds(r, n, 1) for r, n in enumerate(parts)) >= speeds.least_s(total, 1) * (1 - 1e-9)
+    assert speeds.seconds_of_all(parts, 1).tolist() == pytest.approx([speeds.seconds(r, n, 1) for r, n in enumerate(parts)])
+
+
+def test_least_time_by_hand_leaves_out_a_rank_whose_call_is_longer():
+    speeds = Speeds((0.0, 0.5, 9.0), (100.0, 100.0, 1000.0))
+    assert speeds.least_s(150, 1) == 1.0  # 100 rows on the first, 50 on the second in the half second that its call leaves
+    assert speeds.least_s(10, 1) == 0.1
+
+
+def test_a_rank_without_speed_takes_nothing():
+    speeds = Speeds((0.0, 0.0), (0.0, 10.0))
+    assert speeds.effective(50, 1) == (0.0, 10.0) and speeds.least_s(50, 1) == 5.0
+    assert speeds.seconds(0, 1, 1) == math.inf and speeds.seconds(0, 0, 1) == 0
+    assert speeds.seconds_of_all([1, 20], 1).tolist() == [math.inf, 2.0]
 
 
 def test_a_rank_with_nothing_to_do_takes_no_time():
