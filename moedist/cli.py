@@ -18,6 +18,15 @@ EXAMPLES = {
 """,
     "evaluate": "example:\n  moedist evaluate runs/quickstart-20260101-120000 --split test\n",
     "generate": "example:\n  moedist generate runs/quickstart-20260101-120000 --prompt 'def read(' --max-tokens 60\n",
+    "probe": """examples:
+  moedist probe configs/quickstart.yaml --json ranks.json                (one rank)
+  torchrun --nproc-per-node 2 -m moedist probe configs/quickstart.yaml --yaml cluster.yaml
+  moedist plan configs/quickstart.yaml --cluster cluster.yaml            (then: ask what a larger cluster would do)
+""",
+    "compress": """examples:
+  moedist compress runs/quickstart-20260101-120000 --ratio 0.7
+  moedist compress runs/quickstart-20260101-120000 --sweep 0.5,0.7 --methods cur,svd-whitened --out sweep
+""",
     "plan": """examples:
   moedist plan configs/quickstart.yaml --cluster configs/clusters/mixed.yaml
   torchrun --nproc-per-node 2 -m moedist plan configs/quickstart.yaml placement.counts=null placement.batch_shares=null
@@ -58,6 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=_not_negative(int), default=50, help="draw among the k likeliest tokens (0: all)")
     generate.add_argument("--seed", type=int, default=0)
 
+    probe = _command(commands, "probe", "measure the ranks: speeds, links, memory", _probe)
+    probe.add_argument("config", help="YAML file; shapes and dtype are what it says")
+    probe.add_argument("overrides", nargs="*", help="section.key=value")
+    probe.add_argument("--yaml", help="write what was measured as a cluster file, for moedist plan --cluster")
+    probe.add_argument("--json", help="write what was measured of every rank to this file")
+
     plan = _command(commands, "plan", "show a placement and why, for this machine or a cluster that is not here", _plan)
     plan.add_argument("config", help="YAML file")
     plan.add_argument("overrides", nargs="*", help="section.key=value")
@@ -66,6 +81,24 @@ def build_parser() -> argparse.ArgumentParser:
                       help="expert i gets rows in proportion to (i + 1)^-S (default 0.6; 0: all alike)")
     plan.add_argument("--run", help="take the loads of this run's newest checkpoint instead")
     plan.add_argument("--json", help="write the plan and the predictions to this file")
+
+    compress = _command(commands, "compress", "make the experts of a run's checkpoint smaller, or compare methods", _compress)
+    compress.add_argument("run", help="run folder")
+    compress.add_argument("overrides", nargs="*", help="section.key=value")
+    compress.add_argument("--method", default="cur", help="how (default cur; moedist.compress lists all)")
+    compress.add_argument("--ratio", type=float, default=0.5, help="share of the experts' bytes to remove (default 0.5)")
+    compress.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
+                          help="another key of a compress phase, such as budget=uniform, or options.least_squares=false")
+    compress.add_argument("--name", help="of the new run (default: that of the old and the method)")
+    compress.add_argument("--sweep", nargs="?", const="", metavar="RATIOS",
+                          help="write no run; show perplexity after each method at these ratios (0.2,0.4,...)")
+    compress.add_argument("--methods", metavar="NAMES", help="with --sweep: separated by commas (default: all)")
+    compress.add_argument("--tokens", type=int, default=65536, help="training tokens that the experts are watched on")
+    compress.add_argument("--split", default="valid", choices=["train", "valid", "test"], help="with --sweep: evaluated on it")
+    compress.add_argument("--eval-tokens", type=int, help="with --sweep: of the split (default: as in training)")
+    compress.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
+    compress.add_argument("--out", metavar="FOLDER", help="with --sweep: write sweep.csv and sweep.png there")
+    compress.add_argument("--json", help="with --sweep: write the figures to this file")
 
     bench = commands.add_parser("bench", help="measure moedist against others").add_subparsers(
         dest="bench", required=True, metavar="BENCH")
@@ -197,9 +230,31 @@ def _generate(args: argparse.Namespace) -> None:
     _say("\n---\n".join(texts))
 
 
+def _probe(args: argparse.Namespace) -> None:
+    from moedist.show_probe import show_probe
+    show_probe(args.config, args.overrides, args.yaml, args.json)
+
+
 def _plan(args: argparse.Namespace) -> None:
     from moedist.show_plan import show_plan
     show_plan(args.config, args.overrides, args.cluster, args.zipf, args.run, args.json)
+
+
+def _compress(args: argparse.Namespace) -> None:
+    if args.sweep is not None:
+        from moedist.compressing.sweep import METHODS, RATIOS, sweep_run
+        try:
+            ratios = [float(text) for text in args.sweep.split(",")] if args.sweep else RATIOS
+        except ValueError as error:
+            raise ConfigError(f"--sweep takes ratios such as 0.5,0.7, not {args.sweep!r}") from error
+        sweep_run(args.run, args.methods.split(",") if args.methods else tuple(METHODS), ratios, args.tokens, args.split,
+                  args.eval_tokens, args.overrides, args.step, args.out, args.json)
+        return
+    from moedist.compressing import compress_run
+    from moedist.config import compress_options
+    c = compress_options(args.method, args.ratio, args.tokens, args.option)
+    folder = compress_run(args.run, c, args.overrides, args.step, args.name)
+    _say(f"next: moedist evaluate {folder}   or, to train on: moedist train --resume {folder}")
 
 
 def _bench_layer(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Sequence
 
 from moedist.checkpoint import RunFolder
-from moedist.config import check_config
+from moedist.config import check_config, for_ranks
 from moedist.data import EvalStream, prepare_corpus
 from moedist.errors import DataError
 from moedist.phases.evaluation import HeldOut, held_out_loss
@@ -22,7 +22,7 @@ def evaluate(run_folder: str, split: str = "valid", overrides: Sequence[str] = (
         CheckpointError: no run or checkpoint there. DataError: the text has no such split.
     """
     folder = RunFolder(run_folder)
-    config = folder.config(list(overrides))
+    config, _ = for_ranks(folder.config(list(overrides)), find_launch().size)
     check_config(config, find_launch().size)
     with World.start(config.world) as world:
         opened = open_run(folder, config, world, step)

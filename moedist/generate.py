@@ -7,7 +7,7 @@ from typing import Sequence
 import torch
 
 from moedist.checkpoint import RunFolder
-from moedist.config import check_config
+from moedist.config import check_config, for_ranks
 from moedist.model import Batch, Transformer
 from moedist.phases.evaluation import EVAL_SEED
 from moedist.phases.restore import open_run
@@ -27,7 +27,7 @@ def generate(run_folder: str, prompts: Sequence[str], max_tokens: int = 100, tem
         temperature: 0 takes the likeliest token; top_k: draw among the k likeliest (0: all).
     """
     folder = RunFolder(run_folder)
-    config = folder.config(list(overrides))
+    config, _ = for_ranks(folder.config(list(overrides)), find_launch().size)
     check_config(config, find_launch().size)
     with World.start(config.world) as world:
         _, tokenizer, model, _ = open_run(folder, config, world)

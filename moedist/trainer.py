@@ -7,10 +7,10 @@ import functools
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Sequence
 
 from moedist.checkpoint import RunFolder, find_run, forms_of, load_checkpoint, read_meta
-from moedist.config import Config, check_config, load_config, to_yaml
+from moedist.config import Config, check_config, for_ranks, load_config, to_yaml
 from moedist.coordinator import start_plan, written_plan
 from moedist.coordinator.facts import facts_to_json
 from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
@@ -44,11 +44,14 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     """
     config, folder = _find_config(config_path, list(overrides), resume)
     size = find_launch().size
-    check_config(config, size)
-    check_methods(config)
     checkpoint = folder.newest() if folder else None
     meta = read_meta(checkpoint) if checkpoint else None
+    config, dropped = for_ranks(config, size) if meta and meta["world_size"] != size else (config, [])
+    check_config(config, size)
+    check_methods(config)
     written, notice = written_plan(config, size, meta)
+    if dropped:
+        notice = "; ".join([*([notice] if notice else []), f"left out, being for {meta['world_size']} ranks: {', '.join(dropped)}"])
     with World.start(config.world) as world:
         if notice and world.is_main:
             print(notice, flush=True)

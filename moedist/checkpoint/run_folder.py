@@ -3,7 +3,10 @@
     config.yaml     the resolved configuration       metrics.jsonl   one object per logged step or evaluation
     tokenizer.json  the tokenizer                    plans.jsonl     one object per plan, with its first step
     ranks.json      what was measured of every rank  compression-00000100.json   what became of every expert
-    checkpoints/step-00000100/...
+    checkpoints/step-00000100/...                    compression-00000100.npz    what became of every neuron, see below
+
+The npz is of the methods that choose whole neurons, and holds what a checkpoint no longer can: `layers.3.experts.17.fisher`
+and so on, with the fields of `moedist.neurons.record.NeuronRecord`. Neurons go by their ids before the first compression.
 """
 
 from __future__ import annotations
@@ -47,6 +50,15 @@ class RunFolder:
         """What became of every expert in the compression after `step`."""
         return self.path / f"compression-{step:08d}.json"
 
+    def neurons_file(self, step: int) -> Path:
+        """What that compression did to every neuron; absent where its method does not choose whole ones."""
+        return self.path / f"compression-{step:08d}.npz"
+
+    def compressions(self) -> list[int]:
+        """Steps after which experts were compressed, ascending."""
+        return sorted(int(match[1]) for p in self.path.glob("compression-*.json")
+                      if (match := re.fullmatch(r"compression-(\d{8})\.json", p.name)))
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
@@ -68,6 +80,16 @@ class RunFolder:
             raise CheckpointError(f"{self.path} has no checkpoint yet; it was stopped before the first one "
                                   "(checkpoint.every): start the run again without --resume")
         return self.checkpoint(steps[-1])
+
+    def of_step(self, step: int | None) -> Path:
+        """The checkpoint of a step, None: the newest.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if step is not None and step not in self.steps():
+            raise CheckpointError(f"{self.path} has no checkpoint of step {step}; it has {self.steps()}")
+        return self.newest() if step is None else self.checkpoint(step)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop metric lines beyond `step`, which a resumed run writes again; a line cut short by a kill goes too."""

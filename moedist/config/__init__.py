@@ -1,14 +1,17 @@
 """What a run is: frozen dataclasses (`schema`), read from YAML and overrides (`load`), checked (`check`)."""
 
 from moedist.config.check import check_config
-from moedist.config.load import compress_config, config_from_dict, describe_keys, load_config, load_dataclass, to_yaml
+from moedist.config.load import (
+    compress_config, compress_options, config_from_dict, describe_keys, load_config, load_dataclass, to_yaml,
+)
+from moedist.config.ranks import for_ranks
 from moedist.config.schema import (
-    CheckpointConfig, CompressConfig, Config, DataConfig, EngineConfig, ModelConfig, MonitorConfig, PlacementConfig, RouterConfig,
-    TrainConfig, WorldConfig, key,
+    CheckpointConfig, CompressConfig, Config, DataConfig, EngineConfig, ModelConfig, MonitorConfig, PlacementConfig,
+    RouterConfig, TrainConfig, WorldConfig, key,
 )
 
 __all__ = [
-    "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "EngineConfig", "ModelConfig", "MonitorConfig", "PlacementConfig",
-    "RouterConfig", "TrainConfig", "WorldConfig", "check_config", "compress_config", "config_from_dict", "describe_keys", "key",
-    "load_config", "load_dataclass", "to_yaml",
+    "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "EngineConfig", "ModelConfig", "MonitorConfig",
+    "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig", "check_config", "compress_config", "compress_options",
+    "config_from_dict", "describe_keys", "for_ranks", "key", "load_config", "load_dataclass", "to_yaml",
 ]

@@ -56,6 +56,15 @@ def compress_config(value: Any, origin: str = "a compress phase") -> CompressCon
     return _from_dict(CompressConfig, value, (), origin)
 
 
+def compress_options(method: str, ratio: float, tokens: int, more: Iterable[str]) -> CompressConfig:
+    """A compression from the command line; `more` are dotted overrides, and bytes or rank_bytes take the place of `ratio`."""
+    more = list(more)
+    tree: dict[str, Any] = {"method": method, "tokens": tokens}
+    if not any(text.startswith(("bytes=", "rank_bytes=")) for text in more):
+        tree["ratio"] = ratio
+    return _from_dict(CompressConfig, tree, more, "the command line")
+
+
 def _from_dict(cls: type[Shape], tree: dict[str, Any], overrides: Iterable[str], origin: str) -> Shape:
     overrides = list(overrides)
     for text in overrides:

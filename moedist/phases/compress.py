@@ -8,6 +8,7 @@ from typing import Any
 
 from moedist.config import CompressConfig, Config, compress_config
 from moedist.engine import replace_experts
+from moedist.neurons.record import write_records
 from moedist.phases.calibrate import Source
 from moedist.phases.distill import distill
 from moedist.phases.evaluation import held_out_loss
@@ -48,6 +49,8 @@ def compress_phase(run: Run, value: dict[str, Any]) -> None:
        "compression")
     if run.world.is_main:
         path = run.folder.compression_file(run.progress.step)
+        if shrunk.records:
+            write_records(run.folder.neurons_file(run.progress.step), shrunk.records)
         path.write_text(json.dumps(summaries_json(shrunk, c, run.progress.step), indent=1), encoding="utf-8")
     run.progress.phase, run.progress.phase_step = run.progress.phase + 1, 0  # a resumed run goes on behind this phase
     run.save(again=True)

@@ -9,7 +9,6 @@ from moedist.config import Config
 from moedist.coordinator import equal_plan
 from moedist.data import Tokenizer
 from moedist.dispatch import build_transport
-from moedist.errors import CheckpointError
 from moedist.model import Transformer
 from moedist.phases.run import weight_dtype
 from moedist.world import World
@@ -30,9 +29,7 @@ def open_run(folder: RunFolder, config: Config, world: World, step: int | None =
     Raises:
         CheckpointError: no run folder, no checkpoint, or no checkpoint of that step.
     """
-    if step is not None and step not in folder.steps():
-        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {folder.steps()}")
-    checkpoint = folder.newest() if step is None else folder.checkpoint(step)
+    checkpoint = folder.of_step(step)
     meta = read_meta(checkpoint)
     tokenizer = Tokenizer.load(folder.path)
     model = Transformer(config, tokenizer.vocab_size, equal_plan(config, world.size), build_transport(world), world.device,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -17,6 +17,7 @@ from moedist.compress import Budget, Compressed, Curve, Method, build_method, de
 from moedist.config import CompressConfig
 from moedist.errors import CompressError, MoedistError
 from moedist.model import Transformer
+from moedist.neurons.record import NeuronRecord, keeps_neurons, record_of
 from moedist.phases.calibrate import Calibrations, Source, dense_expert, layer_groups, watch_bytes, watch_experts
 from moedist.world import World
 
@@ -43,10 +44,14 @@ class ExpertSummary:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """Experts of this rank in their new form, and what became of all experts of all ranks, by layer and expert."""
+    """Experts of this rank in their new form, and what became of all experts of all ranks, by layer and expert.
+
+    `records` tell of kept and dropped neurons, for methods that choose whole ones: of all experts on rank 0, none elsewhere.
+    """
 
     compressed: dict[int, dict[int, Compressed]]
     summaries: list[ExpertSummary]
+    records: dict[Key, NeuronRecord]
 
     @property
     def ratio(self) -> float:
@@ -70,8 +75,9 @@ def shrink(model: Transformer, world: World, source: Source, c: CompressConfig,
         CompressError: an impossible budget, values that are not finite; on every rank, whichever found it.
     """
     method = method_of(c)
+    needs = method.needs | {"fisher"} if keeps_neurons(method) else method.needs  # records tell of it
     layers = [i for i, _ in model.moe_layers()]
-    sizes = world.all_reduce_(torch.tensor([watch_bytes(model, i, method.needs) for i in layers]), "max").tolist()
+    sizes = world.all_reduce_(torch.tensor([watch_bytes(model, i, needs) for i in layers]), "max").tolist()
     groups = layer_groups(zip(layers, sizes), c.calibration_bytes)
     passes = -(-source.sequences // source.part) * (len(groups) if len(groups) == 1 else len(groups) * (len(method.shares) + 1))
     bar = progress(total=passes, desc=f"compress {c.method}", unit="pass", leave=False, disable=not world.is_main or None)
@@ -80,7 +86,7 @@ def shrink(model: Transformer, world: World, source: Source, c: CompressConfig,
     def calibrations_of(group: list[int]) -> Calibrations:
         if group[0] not in kept:
             kept.clear()
-            kept[group[0]] = watch_experts(model, world, source, group, method.needs, lambda: bar.update(1))
+            kept[group[0]] = watch_experts(model, world, source, group, needs, lambda: bar.update(1))
         return kept[group[0]]
 
     rows: dict[Key, float] = {}
@@ -93,28 +99,33 @@ def shrink(model: Transformer, world: World, source: Source, c: CompressConfig,
             with all_or_none(world):
                 curves.update({key: method.gains(_expert(model, key), calibration, decided.get(key, {}))
                                for key, calibration in calibrations.items()})
-        return _merged(world.gather_objects(curves))
+        return merged(world.gather_objects(curves))
 
     with bar:
         budget = _budget(c, model, world)
-        whole = _merged(world.gather_objects(_bytes_now(model, list(_primaries(model)))))
+        whole = merged(world.gather_objects(_bytes_now(model, list(_primaries(model)))))
         frequency = None
         if c.budget == "frequency":
             gains({})  # fills rows
-            frequency = _merged(world.gather_objects(rows))
+            frequency = merged(world.gather_objects(rows))
         itemsize = next(iter(model.banks.values())).dtype.itemsize
         keep = decide(method, gains, budget, c.budget, c.floor, frequency, itemsize)
         compressed: dict[int, dict[int, Compressed]] = {i: {} for i in layers}
         summaries: list[ExpertSummary] = []
+        records: dict[Key, NeuronRecord] = {}
         for group in groups:
-            calibrations = calibrations_of(group)
+            calibrations, of_group = calibrations_of(group), {}
             with all_or_none(world):
                 for (layer, e), calibration in calibrations.items():
                     new = method.compress(_expert(model, (layer, e)), calibration, keep[layer, e])
                     compressed[layer][e] = new
                     summaries.append(_summary(world.rank, layer, e, new, whole[layer, e], calibration, keep[layer, e]))
+                    if keeps_neurons(method):
+                        of_group[layer, e] = record_of(method, calibration, new, _names(model, (layer, e)))
+            found = world.gather_objects(of_group)  # a group at a time: only rank 0 holds more
+            records.update(merged(found) if world.is_main else {})
     everywhere = [s for of_rank in world.gather_objects(summaries) for s in of_rank]
-    return Shrunk(compressed, sorted(everywhere, key=lambda s: (s.layer, s.expert)))
+    return Shrunk(compressed, sorted(everywhere, key=lambda s: (s.layer, s.expert)), records)
 
 
 class all_or_none:
@@ -144,6 +155,11 @@ def _expert(model: Transformer, key: Key):
     return dense_expert(dict(model.moe_layers())[key[0]], key[1])
 
 
+def _names(model: Transformer, key: Key) -> torch.Tensor | None:
+    """Ids of an expert's neurons before the first compression; None: all are there."""
+    return dict(model.moe_layers())[key[0]].bank.stored(key[1]).neurons
+
+
 def _bytes_now(model: Transformer, keys: list[Key]) -> dict[Key, int]:
     banks = model.banks
     return {(i, e): banks[i].form_of(e).bytes(banks[i].dtype.itemsize) for i, e in keys}
@@ -155,7 +171,8 @@ def _budget(c: CompressConfig, model: Transformer, world: World) -> Budget:
     return Budget(c.ratio, c.bytes, c.rank_bytes, owners if c.rank_bytes is not None else None)
 
 
-def _merged(parts: list[dict]) -> dict:
+def merged(parts: Sequence[dict]) -> dict:
+    """One dict of those of all ranks."""
     merged: dict = {}
     for part in parts:
         merged.update(part)
