@@ -15,6 +15,7 @@ from typing import Iterator, Mapping
 import torch
 
 LEAST_SLEEP_S = 2e-4  # a shorter sleep costs more than it lasts; what is owed is carried on
+MOST_CREDIT_S = 0.1  # of time lost to others that later stretches make up for: no more, or a rank held up long would not be slow
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Throttle:
     """Makes this rank compute `slowdown` times slower, by sleeping in proportion to the compute it measures.
 
     Between two marks it takes the lesser of wall and processor time as compute: on a machine with more ranks than cores
-    a rank that had to wait for a core has not computed longer. Then it sleeps until `slowdown` times that has passed, so
-    ranks that share cores look as if each had its own, as long as the sleeping leaves enough cores free.
+    a rank that had to wait for a core has not computed longer. Then it sleeps until `slowdown` times that has passed; where
+    waiting for a core took longer, later stretches sleep less. So ranks that share cores look as if each had its own, as
+    long as the sleeping leaves enough cores free: a rank that is not slowed at all has nothing to make up with.
 
     Args:
         schedule: step -> slow-down from that step on, 1 or more.
@@ -61,7 +63,7 @@ class Throttle:
                 torch.accelerator.synchronize(self._device)
             wall = time.perf_counter() - self._wall
             compute = wall if self._device.type != "cpu" else min(wall, time.process_time() - self._cpu)
-            self._owed += max(0.0, self.slowdown * compute - wall)
+            self._owed = max(-MOST_CREDIT_S, self._owed + self.slowdown * compute - wall)
             if self._owed > LEAST_SLEEP_S:
                 start = time.perf_counter()
                 time.sleep(self._owed)

@@ -7,6 +7,7 @@ seconds: a burst of measurements on a busy machine is off by half, the median of
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from moedist.coordinator.sizes import Sizes
 from moedist.dispatch import Transport
 from moedist.world import World, return_freed_memory
 
-ROUNDS = 5  # at least; a single long round is worth less than several short ones
+ROUNDS = 5  # fewer are poor: a single long round is worth less than several short ones
 MOST_ROUNDS = 100
 GOAL_ROUNDS = 8  # amounts are chosen so that about so many fit in the time
 LEAST_SCALE = 1 / 8  # of the amounts that a rank would get; smaller ones say little about them
@@ -64,7 +65,8 @@ class _Speed:
 
 def probe(world: World, config: Config, vocab: int, transport: Transport,
           say: Callable[[str], None] = lambda text: None) -> list[RankFacts]:
-    """Facts of every rank, on every rank, in rank order. Collective; takes about `placement.probe_s` seconds.
+    """Facts of every rank, on every rank, in rank order. Collective; takes about `placement.probe_s` seconds,
+    twice that where the machine is busy.
 
     Speeds that the configuration gives are taken as they are. The random state and the memory stay as they were.
 
@@ -116,10 +118,10 @@ def _measure(world: World, config: Config, vocab: int, wanted: Sequence[str], me
     for one in series.values():
         one.run()  # warms up, at full size
     slowest = max(world.gather_objects(time.perf_counter() - start))
-    rounds = min(MOST_ROUNDS, max(ROUNDS, int(budget / slowest))) if slowest < budget else 2
+    rounds = min(MOST_ROUNDS, max(2, int(budget / slowest)))
     if rounds < ROUNDS:
         say(f"probe: one round of measurements takes {slowest:.1f} s, so there are {rounds} only; raise placement.probe_s "
-            f"(now {budget:g}) to {ROUNDS * slowest:.0f} for better ones")
+            f"(now {budget:g}) to {math.ceil(ROUNDS * slowest)} for better ones")
     _run_rounds(world, series, rounds)
     if any(_noisy(world, series)):
         _run_rounds(world, series, rounds)

@@ -55,7 +55,8 @@ def start_plan(config: Config, world: World, transport: Transport, vocab: int, w
     old = Plan.from_json(meta["plan"]) if meta and meta["world_size"] == world.size else None
     plan, why_not = coordinator.first_plan(old)
     if plan is None:
-        say(f"warning: experts and batch are placed equally, because the ranks could not agree on a plan: {why_not}")
+        what = "experts and batch are placed equally" if old is None else "the plan stays that of the checkpoint"
+        say(f"warning: {what}, because the ranks could not agree on another: {why_not}")
         plan = old or equal_plan(config, world.size)
     return plan, coordinator
 

@@ -1,0 +1,137 @@
+"""Plans from speeds and loads: who gets how much, what memory allows, and when a change is worth it."""
+
+import dataclasses
+
+import pytest
+
+from moedist.config import PlacementConfig, config_from_dict
+from moedist.coordinator.planning import Cluster, first_plan, next_plan
+from moedist.coordinator.sizes import Sizes
+from moedist.coordinator.speeds import Speeds
+from moedist.errors import PlacementError
+from moedist.placement import Plan, split_batch
+from tests.coordinator.ranks_of import facts_of
+
+CONFIG = config_from_dict({"data": {"sequence_length": 16}, "train": {"batch": 16},
+                           "model": {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "experts": 8, "top_k": 2, "expert_hidden": 64}})
+SIZES = Sizes.of(CONFIG, 300)
+ROWS = 16 * 16 * 2  # of a layer in a step
+EVEN = {i: [ROWS / 8] * 8 for i in (0, 1)}
+PLACEMENT = PlacementConfig()
+
+
+def cluster(speeds, dense=None, **facts) -> Cluster:
+    dense = dense or speeds
+    return Cluster(tuple(facts_of(speeds, dense, **facts)), Speeds((0.0,) * len(speeds), tuple(map(float, speeds))),
+                   Speeds((0.0,) * len(dense), tuple(map(float, dense))))
+
+
+def held(plan: Plan, layer: int = 0) -> list[int]:
+    return [len(plan.layer(layer).experts_of_rank(r)) for r in range(plan.world_size)]
+
+
+def test_experts_follow_expert_speed_and_sequences_dense_speed():
+    found = first_plan(cluster([300, 100], [100, 300]), None, SIZES, PLACEMENT)
+    assert held(found.plan, 0) == held(found.plan, 1) == [6, 2]
+    assert split_batch(16, found.plan.batch_shares) == [4, 12]
+    assert found.expert_s == found.bound_s == pytest.approx(2 * ROWS / 400) and found.plan.speeds == (300, 100)
+    assert found.plan.predicted_ms == pytest.approx([1e3 * found.expert_s] * 2) and found.reason and found.moved == 0
+
+
+def test_hot_experts_go_to_the_fast_rank():
+    loads = {i: [200.0, 100.0, 100.0, 20.0, 20.0, 20.0, 20.0, 20.0] for i in (0, 1)}
+    found = first_plan(cluster([400, 100]), loads, SIZES, PLACEMENT)
+    assert set(found.plan.layer(0).experts_of_rank(0)) >= {0, 1, 2}
+    assert found.expert_s == pytest.approx(found.bound_s)
+
+
+def test_a_call_that_takes_long_is_counted():
+    slow_call = cluster([100, 100])
+    slow_call = dataclasses.replace(slow_call, expert=Speeds((0.0, 3.0), (100.0, 100.0)))
+    few, many = held(first_plan(slow_call, EVEN, SIZES, PLACEMENT).plan)[::-1]
+    assert few < many
+
+
+def test_copies_where_they_are_allowed_and_pay():
+    loads = {i: [400.0, *[16.0] * 7] for i in (0, 1)}
+    without = first_plan(cluster([100] * 4), loads, SIZES, PLACEMENT)
+    copied = first_plan(cluster([100] * 4), loads, SIZES, PlacementConfig(max_copies=3))
+    assert without.plan.layer(0).copies == 0 < copied.plan.layer(0).copies <= 3
+    assert copied.expert_s < without.expert_s / 2
+
+
+def with_memory(found: Cluster, free: list[int]) -> Cluster:
+    return dataclasses.replace(found, facts=tuple(dataclasses.replace(f, free_bytes=n) for f, n in zip(found.facts, free)))
+
+
+def memory_for(experts: float) -> int:
+    """Free bytes that a rank needs for so many experts in each of the two layers."""
+    base = 4 * SIZES.dense_bytes + SIZES.sequence * SIZES.token_bytes
+    return int((base + experts * 2 * 4 * SIZES.expert_bytes) / 0.8) + 1
+
+
+def test_memory_caps_are_kept():
+    found = first_plan(with_memory(cluster([900, 100]), [memory_for(3), 2**40]), EVEN, SIZES, PLACEMENT).plan
+    assert held(found) == [3, 5]
+    assert held(first_plan(cluster([900, 100]), EVEN, SIZES, PlacementConfig(max_experts=[2, 8])).plan) == [2, 6]
+    assert split_batch(16, first_plan(cluster([900, 100]), EVEN, SIZES, PlacementConfig(max_batch=[5, 20])).plan.batch_shares) == [5, 11]
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers():
+    with pytest.raises(PlacementError) as caught:
+        first_plan(with_memory(cluster([1, 1]), [memory_for(3), memory_for(2)]), EVEN, SIZES, PLACEMENT)
+    for words in ("8 experts a layer do not fit", "[3, 2]", "GiB free", "each of 2 layers", "add ranks"):
+        assert words in str(caught.value)
+    with pytest.raises(PlacementError, match="a forward pass of 16 sequences does not fit"):
+        first_plan(cluster([1, 1]), EVEN, SIZES, PlacementConfig(max_batch=[5, 5]))
+
+
+def test_nothing_moves_while_nothing_changes():
+    before = cluster([300, 100])
+    old = first_plan(before, EVEN, SIZES, PLACEMENT).plan
+    same = next_plan(before, EVEN, SIZES, PLACEMENT, old, 100)
+    assert same.stays and same.moved == 0 and same.plan.layers == old.layers and same.plan.batch_shares == old.batch_shares
+    assert next_plan(cluster([305, 99]), EVEN, SIZES, PLACEMENT, old, 100).stays  # as speeds are measured
+
+
+def test_a_slower_rank_loses_experts_and_batch_and_is_named():
+    old = first_plan(cluster([100, 100]), EVEN, SIZES, PLACEMENT).plan
+    found = next_plan(cluster([100, 25]), EVEN, SIZES, PLACEMENT, old, 100)
+    assert not found.stays and held(found.plan) == [7, 1] and found.moved == 2 * 3
+    assert split_batch(16, found.plan.batch_shares) == [13, 3]
+    assert found.old_expert_s == pytest.approx(2 * 256 / 25) and found.expert_s == pytest.approx(2 * 448 / 100)
+    assert "experts move: rank 1 (here, cpu) does 25 expert rows/s, 0.25 of the 100 the last plan was made for" in found.reason
+    assert "batch moves: rank 1 (here, cpu) took longest outside experts, 5120 ms with 8 sequences, and now has 3" in found.reason
+
+
+def test_the_batch_moves_alone_where_only_dense_speed_changed():
+    old = first_plan(cluster([100, 100]), EVEN, SIZES, PLACEMENT).plan
+    batch = next_plan(cluster([100, 100], [100, 50]), EVEN, SIZES, PLACEMENT, old, 100)
+    assert batch.plan.layers == old.layers and batch.reason.startswith("batch moves: rank 1 (here, cpu)")
+
+
+def test_changed_loads_are_a_reason():
+    first = {i: [100.0, 100.0, 100.0, 100.0, 28.0, 28.0, 28.0, 28.0] for i in (0, 1)}
+    old = first_plan(cluster([100, 100]), first, SIZES, PLACEMENT).plan
+    pair = [e for e in range(4) if old.layer(0).owners[e] == (0,)]
+    hot = {i: [200.0 if e in pair else 112 / 6 for e in range(8)] for i in (0, 1)}  # both hot ones on one rank
+    found = next_plan(cluster([100, 100]), hot, SIZES, PLACEMENT, old, 100)
+    assert found.reason == "experts move: the experts' loads have changed"
+    assert found.expert_s < 0.7 * found.old_expert_s and found.moved > 0
+
+
+def test_a_gain_below_the_tolerance_or_within_too_few_steps_is_left():
+    old = first_plan(cluster([100, 100]), EVEN, SIZES, PLACEMENT).plan
+    now = cluster([100, 60])
+    assert not next_plan(now, EVEN, SIZES, PLACEMENT, old, 100).stays
+    assert next_plan(now, EVEN, SIZES, PlacementConfig(tolerance=0.9), old, 100).stays
+    dear = dataclasses.replace(now, facts=tuple(dataclasses.replace(f, alltoall_bytes_per_s=100.0) for f in now.facts))
+    assert next_plan(dear, EVEN, SIZES, PLACEMENT, old, 1).plan.layers == old.layers  # moving takes longer than it saves
+
+
+def test_a_model_without_experts_has_a_batch_to_plan():
+    sizes = Sizes.of(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe_every=0)), 300)
+    old = first_plan(cluster([100, 100]), None, sizes, PLACEMENT).plan
+    assert old.layers == () and split_batch(16, old.batch_shares) == [8, 8]
+    found = next_plan(cluster([100, 100], [300, 100]), {}, sizes, PLACEMENT, old, 100)
+    assert split_batch(16, found.plan.batch_shares) == [12, 4]
