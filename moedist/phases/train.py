@@ -156,7 +156,8 @@ def _weighted_aux(run: Run, reports: dict[int, LayerReport],
 def evaluate(run: Run) -> None:
     """Record loss and perplexity of the validation split."""
     start = time.perf_counter()
-    run.held_out = result = held_out_loss(run.model, run.valid_stream, run.world, run.dtype, max(run.config.train.batch, run.world.size))
+    run.held_out = result = held_out_loss(run.model, run.valid_stream, run.world, run.dtype,
+                                          max(run.config.train.batch, run.world.size))
     run.recorder.record(run.progress.step, {"valid/loss": result.loss, "valid/perplexity": result.perplexity},
                         f"step {run.progress.step:>6}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
                         f"({result.tokens} tokens, {time.perf_counter() - start:.1f} s)")
