@@ -116,3 +116,24 @@ def test_bad_input_is_refused_before_training(cache, tmp_path):
                          "placement.counts=null", "placement.batch_shares=null", ok=False)
         assert words in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_dense_again_computes_the_same_and_trains_on(run, cache, tmp_path):
+    perplexity = moedist(1, cache, "evaluate", str(run)).stdout.split("perplexity")[1]
+    moedist(2, cache, "compress", str(run), "--dense", f"folder={tmp_path}")
+    dense = only_run(tmp_path)
+    assert moedist(1, cache, "evaluate", str(dense)).stdout.split("perplexity")[1] == perplexity
+    moedist(1, cache, "train", "--resume", str(dense), PHASES.replace("METHOD", "cur").replace("{train: 6}]", "{train: 8}]"))
+    assert list(metrics(dense)) == [13, 14]
+    assert "compressed" not in (dense / "metrics.jsonl").read_text()
+
+
+def test_healing_is_compared_with_the_uncompressed_model(run, cache, tmp_path):
+    done = moedist(2, cache, "compress", str(run), "--heal", "12", "--methods", "cur,interp", "--ratio", "0.4", "--step", "3",
+                   "--tokens", "512", "--json", str(tmp_path / "heal.json"))
+    figures = json.loads((tmp_path / "heal.json").read_text())
+    assert {f"compress.{m}.0.4.{k}" for m in ("cur", "interp") for k in ("healed_ratio", "moments.10", "fresh.10", "fresh.12")} \
+        < figures.keys()
+    assert all(0.9 < v < 1.1 for v in figures.values()) and figures["compress.cur.0.4.moments.12"] == \
+        figures["compress.cur.0.4.healed_ratio"]
+    assert "uncompressed" in done.stdout and not [p for p in run.parent.iterdir() if "heal" in p.name]

@@ -70,6 +70,6 @@ def _describe(run: Run, shrunk: Shrunk, c: CompressConfig, seconds: float) -> st
     all_of = shrunk.summaries
     before, after = (sum(getattr(s, name) for s in all_of) / 2**20 for name in ("bytes_before", "bytes"))
     widths = sorted(s.hidden for s in all_of)
-    return (f"step {run.progress.step:>6}  compressed {len(all_of)} experts by {c.method}: {before:.1f} -> {after:.1f} MiB, "
+    return (f"step {run.progress.step:>6}  compressed {len(all_of)} experts by {c.method}: {before:.2f} -> {after:.2f} MiB, "
             f"{100 * shrunk.ratio:.1f} % removed; {widths[0]} to {widths[-1]} hidden neurons (median "
             f"{widths[len(widths) // 2]}, were {max(s.hidden_before for s in all_of)}); {seconds:.1f} s")
