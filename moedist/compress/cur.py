@@ -53,6 +53,14 @@ def fit_down(down: torch.Tensor, hidden_moment: torch.Tensor, kept: torch.Tensor
     dropped[kept] = False
     if not dropped.any():
         return down[kept]
+    inverse, of_kept, factor = _correlations(hidden_moment, kept, ridge)
+    correction = torch.cholesky_solve(of_kept[:, dropped] @ down[dropped].double(), factor)
+    return (down[kept].double() + inverse.unsqueeze(1) * correction).to(down.dtype)
+
+
+def _correlations(hidden_moment: torch.Tensor, kept: torch.Tensor,
+                  ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """float64 (E^-1/2 [J], E^-1/2 A_J: [J, F], Cholesky factor of E^-1/2 (A_JJ + ridge diag E) E^-1/2), see `fit_down`."""
     moment = hidden_moment.double()
     energy = moment.diagonal()[kept].clamp(min=0)
     inverse = torch.where(energy > 0, energy.rsqrt(), 0.0)
@@ -65,8 +73,55 @@ def fit_down(down: torch.Tensor, hidden_moment: torch.Tensor, kept: torch.Tensor
     if failed:
         raise CompressError(f"the hidden second moment of {len(kept)} kept neurons is not positive: raise the ridge "
                             f"above {ridge:g}, or calibrate in a wider dtype")
-    correction = torch.cholesky_solve(of_kept[:, dropped] @ down[dropped].double(), factor)
-    return (down[kept].double() + inverse.unsqueeze(1) * correction).to(down.dtype)
+    return inverse, of_kept, factor
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Who stands in for the K neurons that were dropped, ascending; the S kept ones that do most of it, most first.
+
+    Attributes:
+        positions: int64 [K, S], of kept neurons, counted among all F.
+        weights: float64 [K, S]: h_k is taken for the sum of weight * h_j, so weight * down_k is added to down_j.
+        explained: float64 [K], share of the energy of h_k, summed over tokens, that all kept ones together restore; 1 for
+            a neuron that never fired.
+    """
+
+    positions: torch.Tensor
+    weights: torch.Tensor
+    explained: torch.Tensor
+
+
+def stand_ins(hidden_moment: torch.Tensor, kept: torch.Tensor, ridge: float = DEFAULT_RIDGE, most: int = 3,
+              block: int = 256) -> StandIns:
+    """The map behind `fit_down`, C = (A_JJ + ridge diag E)^-1 A_JK, told neuron by neuron.
+
+    Neurons differ in scale, so a kept one counts by what it contributes, |C_jk| sqrt(A_jj): the size of weight * h_j.
+
+    Args:
+        hidden_moment: [F, F] sum of h h^T.
+        kept: int64 [J].
+        most: S, or J where that is less.
+        block: dropped neurons at a time: takes 2 J * block numbers beside the J^2 of the factor.
+    """
+    dropped = torch.ones(len(hidden_moment), dtype=torch.bool, device=hidden_moment.device)
+    dropped[kept] = False
+    most, of_all = min(most, len(kept)), dropped.nonzero().squeeze(1)
+    inverse, of_kept, factor = _correlations(hidden_moment, kept, ridge)
+    moment_JJ, energy = of_kept[:, kept] * inverse, hidden_moment.diagonal().double()
+    parts = []
+    for names in of_all.split(block):
+        right = of_kept[:, names]
+        scaled = torch.cholesky_solve(right, factor)  # sqrt(E) C
+        order = scaled.abs().sort(dim=0, descending=True, stable=True).indices[:most]
+        missing = energy[names] - 2 * (scaled * right).sum(0) + (scaled * (moment_JJ @ scaled)).sum(0)
+        explained = torch.where(energy[names] > 0, 1 - missing / energy[names], 1.0)
+        weights = (inverse.unsqueeze(1) * scaled).gather(0, order)
+        parts.append((kept[order].t(), weights.t(), explained))
+    if not parts:
+        none = energy.new_zeros(0, most)
+        return StandIns(none.long(), none, none.new_zeros(0))
+    return StandIns(*(torch.cat(part) for part in zip(*parts)))
 
 
 @dataclass(frozen=True)
