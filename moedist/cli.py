@@ -236,7 +236,7 @@ def _train(args: argparse.Namespace) -> None:
         raise ConfigError("--check needs a configuration file")
     if args.check:
         from moedist.config import check_config, load_config
-        from moedist.placement import plan_from_config
+        from moedist.coordinator import written_plan
         config, ranks = load_config(args.config, args.overrides), args.ranks or _launched_ranks()
         check_config(config, ranks)
         from moedist.phases import check_methods
@@ -244,8 +244,9 @@ def _train(args: argparse.Namespace) -> None:
         if config.data.source == "files":
             from moedist.data import source_splits
             source_splits(config.data)  # refuses a missing path and a folder without text
-        plan = plan_from_config(config, ranks)
-        print(f"{args.config} is fine for {ranks} rank(s); plan {plan.sha256[:12]}")
+        plan, _ = written_plan(config, ranks, None)
+        print(f"{args.config} is fine for {ranks} rank(s); "
+              + (f"plan {plan.sha256[:12]}" if plan else "they will be measured, then planned for"))
         return
     from moedist.trainer import train
     train(args.config, args.overrides, args.resume)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from tests.launching import QUICKSTART, command, metrics, moedist, only_run, start, wait_for_step
+from tests.launching import QUICKSTART, TINY, command, metrics, moedist, only_run, start, wait_for_step
 
 STEPS = 12
 
@@ -45,6 +45,13 @@ def test_quickstart_says_what_it_did(uninterrupted):
     assert (run / "config.yaml").is_file() and (run / "tokenizer.json").is_file()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
     assert list(metrics(run)) == list(range(1, STEPS + 1))
+
+
+def test_quickstart_as_it_is_measures_and_compresses(tmp_path, cache):
+    done = moedist(2, cache, "train", "configs/quickstart.yaml", *TINY, f"folder={tmp_path}", "placement.probe_s=0.3",
+                   "phases=[{train: 4}, {compress: {method: cur, ratio: 0.5, tokens: 512}}, {train: 2}]")
+    assert done.stdout.count("expert rows/s") == 2 and "compressed 16 experts by cur" in done.stdout
+    assert list(metrics(only_run(tmp_path))) == list(range(1, 7))
 
 
 @pytest.mark.parametrize("step", [2, 5, 9])
