@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from moedist.checkpoint import RunFolder
-from moedist.config import Config, check_config
+from moedist.config import Config, check_config, for_ranks
 from moedist.data import EvalStream, prepare_corpus
 from moedist.errors import ConfigError, DataError
 from moedist.model import MoELayer, Transformer
@@ -48,7 +48,7 @@ def inspect_run(run_folder: str, choice: Choice = Choice(), overrides: Sequence[
         CheckpointError: no run or checkpoint there. DataError: no validation split. ConfigError: no such layer or expert.
     """
     folder = RunFolder(run_folder)
-    config = folder.config(list(overrides))
+    config, _ = for_ranks(folder.config(list(overrides)), find_launch().size)
     check_config(config, find_launch().size)
     layers = _existing("layer with experts", choice.layers, config.moe_layers())
     experts = _existing("expert", choice.experts, range(config.model.experts))

@@ -5,6 +5,7 @@ D model width, J neurons of the expert now, V words: the tokens that occur in th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Iterable, Mapping, Sequence
 
@@ -86,11 +87,11 @@ def expert_facts(layer: int, e: int, form: ExpertForm, itemsize: int, calibratio
         tokens: that the layer has seen, of which `calibration` has a part.
         history: of its compressions; whole: its neurons before them.
     """
-    rows, kept = float(calibration.rows), 1.0
-    for _, record in history:  # of what was there at first, as if training in between had moved nothing
-        kept = None if kept is None or record.fisher_kept is None else kept * record.fisher_kept
+    rows, shares = float(calibration.rows), [record.fisher_kept for _, record in history]
+    known = None not in shares and (len(history[0][1].neurons) if history else form.hidden) == whole
+    kept = math.prod(shares) if known else None  # of what was there at first, as if training in between had moved nothing
     return {"layer": layer, "expert": e, "hidden": form.hidden, "hidden_before": whole,
-            "fisher_kept": kept if history or form.hidden == whole else None, "fisher": float(calibration.fisher.sum()),
+            "fisher_kept": kept, "fisher": float(calibration.fisher.sum()),
             "frequency": rows / max(tokens, 1), "router_weight": float(calibration.weight) / rows if rows else None,
             "bytes": form.bytes(itemsize), "form": form_words(form), "compressions": [step for step, _ in history]}
 
