@@ -72,7 +72,7 @@ def test_an_expert_on_one_line():
     assert expert_facts(1, 5, ExpertForm.dense(8, 4, True), 4, calibration(1.0, 3.0), 200, [], 4)["fisher_kept"] == 1
     unknown = expert_facts(1, 5, form, 4, calibration(1.0, 3.0), 200, [], 4)  # compressed, and nobody wrote how
     assert unknown["fisher_kept"] is None
-    assert expert_facts(1, 5, form, 4, calibration(1.0, 3.0), 200, [(20, SECOND)], 4)["fisher_kept"] is None  # and before that?
+    assert expert_facts(1, 5, form, 4, calibration(1.0, 3.0), 200, [(20, SECOND)], 4)["fisher_kept"] is None  # before?
     no_tokens = record([0, 1, 2, 3], [0, 0, 0, 0], [0, 3])
     assert expert_facts(1, 5, form, 4, calibration(0.0, 0.0), 200, [(20, no_tokens)], 4)["fisher_kept"] is None
     line = experts_table([told, unknown]).splitlines()
