@@ -13,6 +13,7 @@ BUDGETS = ("global", "uniform", "frequency")
 CHOICES = {
     "data.source": ("embedded", "files", "hub"),
     "model.activation": ("swiglu", "gelu"),
+    "model.qk_norm": ("none", "head", "all"),
     "router.name": ROUTERS,
     "train.dtype": ("float32", "bfloat16", "float16", "float64"),
     "train.schedule": ("cosine", "linear", "constant"),
@@ -88,14 +89,23 @@ def _check_values(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     m, r = config.model, config.router
-    if m.width % m.heads or (m.width // m.heads) % 2:
+    if m.head_width is None and (m.width % m.heads or m.head % 2):
         raise ConfigError(f"model.width ({m.width}) over model.heads ({m.heads}) must be an even whole number "
                           "(rotary positions turn pairs)")
+    for name in ("head_width", "clip_qkv", "vocab"):
+        if (value := getattr(m, name)) is not None and value <= 0:
+            raise ConfigError(f"model.{name} is {value}; it must be above 0, or null")
+    if m.head % 2:
+        raise ConfigError(f"model.head_width ({m.head_width}) must be even (rotary positions turn pairs)")
     if m.heads % m.kv_heads:
         raise ConfigError(f"model.heads ({m.heads}) must be a multiple of model.kv_heads ({m.kv_heads})")
     if m.moe_every > m.layers:
         raise ConfigError(f"model.moe_every ({m.moe_every}) is above model.layers ({m.layers}): no block would have "
                           f"experts; set model.moe_every={m.layers} or less, or 0 for a dense model")
+    if m.dense_blocks and (not config.moe_layers() or not 0 <= min(m.dense_blocks) <= max(m.dense_blocks) < m.layers):
+        raise ConfigError(f"model.dense_blocks is {m.dense_blocks}: the blocks are 0..{m.layers - 1}, and with "
+                          f"model.moe_every={m.moe_every} one of them must keep its experts (for a dense model set "
+                          "model.moe_every=0)")
     if m.top_k > m.experts:
         raise ConfigError(f"model.top_k ({m.top_k}) is above model.experts ({m.experts}); a token cannot go to more "
                           f"experts than there are: set model.top_k={m.experts} or less")

@@ -53,8 +53,15 @@ class ModelConfig:
     width: int = key(256, "model width D")
     heads: int = key(4, "attention heads")
     kv_heads: int = key(2, "key/value heads (grouped-query attention; equal to heads for plain attention)")
+    head_width: Optional[int] = key(None, "width of one attention head (null: width / heads)")
+    qk_norm: str = key("none", "RMSNorm of queries and keys before they are turned: none, head (over each head, as Qwen3) or "
+                               "all (over all heads at once, as OLMoE)")
+    clip_qkv: Optional[float] = key(None, "largest absolute value of queries, keys and values (null: no limit)")
+    vocab: Optional[int] = key(None, "rows of the token embedding, where some stand for no token (null: as many as the "
+                                     "tokenizer has tokens)")
     ffn_hidden: int = key(1024, "hidden width of the dense feed-forward blocks")
     moe_every: int = key(1, "every n-th block has experts instead of a dense feed-forward (0: a dense model)")
+    dense_blocks: list[int] = key([], "blocks that have a dense feed-forward although moe_every would give them experts")
     experts: int = key(8, "experts of a layer, E")
     top_k: int = key(2, "experts a token is sent to, K")
     expert_hidden: int = key(512, "hidden width of one expert, F")
@@ -66,6 +73,15 @@ class ModelConfig:
     dropout: float = key(0.0, "dropout after attention and feed-forward, while training")
     init_std: float = key(0.02, "standard deviation of the initial weights")
     recompute: bool = key(False, "recompute block activations in the backward pass: less memory, about a third more time")
+
+    @property
+    def head(self) -> int:
+        """C, width of one attention head."""
+        return self.head_width if self.head_width is not None else self.width // self.heads
+
+    def vocab_rows(self, tokens: int) -> int:
+        """V, rows of the token embedding for a tokenizer of so many tokens."""
+        return tokens if self.vocab is None else self.vocab
 
 
 @dataclass(frozen=True)
@@ -180,6 +196,6 @@ class Config:
         return sum(int(phase["train"]) for phase in self.phases if "train" in phase)
 
     def moe_layers(self) -> list[int]:
-        """Indices of the blocks that have experts: every n-th block, the last of each n."""
-        n = self.model.moe_every
-        return [i for i in range(self.model.layers) if n and (i + 1) % n == 0]
+        """Indices of the blocks that have experts: every n-th block, the last of each n, less `dense_blocks`."""
+        n, dense = self.model.moe_every, self.model.dense_blocks
+        return [i for i in range(self.model.layers) if n and (i + 1) % n == 0 and i not in dense]

@@ -182,7 +182,7 @@ def _block_part(config: Config, times: int, feed_forward: nn.Module, device: tor
 
     def run(x_GSD: torch.Tensor, ids_GS: torch.Tensor, keys_GS: torch.Tensor) -> None:
         with autocast(config, device):
-            cos, sin = rotary_tables(x_GSD.shape[1], m.width // m.heads, m.rope_base, device, x_GSD.dtype)
+            cos, sin = rotary_tables(x_GSD.shape[1], m.head, m.rope_base, device, x_GSD.dtype)
             y_GSD, report = _call(config, block, x_GSD, cos, sin, ids_GS, keys_GS, 0)
         aux = list(report.aux_losses.values()) if report else []
         torch.autograd.backward([y_GSD, *aux], [torch.ones_like(y_GSD), *[None] * len(aux)])
@@ -194,8 +194,9 @@ def _ends_part(config: Config, vocab: int, device: torch.device) -> _Part:
     """Embedding, last norm, output projection and loss."""
     m, dtype = config.model, compute_dtype(config)
     factory = {"device": device, "dtype": weight_dtype(config)}
-    embedding, norm = nn.Embedding(vocab, m.width, **factory), nn.RMSNorm(m.width, eps=m.norm_eps, **factory)
-    head = embedding if m.tie_embeddings else nn.Linear(m.width, vocab, bias=False, **factory)
+    rows = m.vocab_rows(vocab)
+    embedding, norm = nn.Embedding(rows, m.width, **factory), nn.RMSNorm(m.width, eps=m.norm_eps, **factory)
+    head = embedding if m.tie_embeddings else nn.Linear(m.width, rows, bias=False, **factory)
     for module in {embedding, head}:
         nn.init.normal_(module.weight, std=WEIGHT_STD)
 

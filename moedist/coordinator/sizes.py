@@ -48,9 +48,9 @@ class Sizes:
         value = 8 if t.dtype == "float64" else 4
         gate = 3 if m.activation == "swiglu" else 2
         moe = config.moe_layers()
-        head = m.width // m.heads
-        attention = m.width * head * (m.heads + 2 * m.kv_heads) + m.width * m.width
-        dense = vocab * m.width * (1 if m.tie_embeddings else 2) + m.layers * attention \
+        attention = 2 * m.width * m.head * (m.heads + m.kv_heads)
+        attention += {"none": 0, "head": 2, "all": m.heads + m.kv_heads}[m.qk_norm] * m.head
+        dense = m.vocab_rows(vocab) * m.width * (1 if m.tie_embeddings else 2) + m.layers * attention \
             + (m.layers - len(moe)) * gate * m.width * m.ffn_hidden + (2 * m.layers + 1) * m.width \
             + len(moe) * (_router_size(config) + gate * m.width * m.expert_hidden * m.shared_experts)
         low = 2 if t.dtype in ("bfloat16", "float16") else value

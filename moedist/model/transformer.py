@@ -1,6 +1,6 @@
 """The decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, dense or MoE feed-forwards.
 
-G sequences of S tokens on this rank, D width, H heads, J key/value heads, C = D / H head width.
+G sequences of S tokens on this rank, D width, H heads, J key/value heads, C head width (D / H unless configured).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from moedist.config import Config, ModelConfig
 from moedist.dispatch import Dispatcher, Layout, Transport
+from moedist.errors import ConfigError
 from moedist.model.activations import ACTIVATIONS
 from moedist.model.bank import Bank
 from moedist.model.experts import build_bank
@@ -56,24 +57,45 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245); query, key and value in one matrix."""
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245); query, key and value in one matrix.
+
+    Queries and keys may be normalised (Henry et al. 2020, arXiv 2010.04245, with RMSNorm): `head` normalises the C values
+    of each head, as Qwen3 does, `all` the H*C or J*C values of all heads, as OLMoE does. Then all three may be clipped.
+    """
 
     def __init__(self, m: ModelConfig):
         super().__init__()
-        self.heads, self.kv_heads, self.head = m.heads, m.kv_heads, m.width // m.heads
-        self.wqkv = nn.Linear(m.width, (m.heads + 2 * m.kv_heads) * self.head, bias=False)
-        self.wo = nn.Linear(m.width, m.width, bias=False)
+        self.heads, self.kv_heads, self.head, self.clip = m.heads, m.kv_heads, m.head, m.clip_qkv
+        self.wqkv = nn.Linear(m.width, (m.heads + 2 * m.kv_heads) * m.head, bias=False)
+        self.wo = nn.Linear(m.heads * m.head, m.width, bias=False)
+        if m.qk_norm != "none":
+            heads = (m.heads, m.kv_heads) if m.qk_norm == "all" else (1, 1)
+            self.q_norm, self.k_norm = (nn.RMSNorm(n * m.head, eps=m.norm_eps) for n in heads)
+        else:
+            self.q_norm = self.k_norm = None
 
     def forward(self, x_GSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        g, s, d = x_GSD.shape
-        qkv = self.wqkv(x_GSD).view(g, s, self.heads + 2 * self.kv_heads, self.head).transpose(1, 2)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        g, s, _ = x_GSD.shape
+        qkv = self.wqkv(x_GSD).view(g, s, self.heads + 2 * self.kv_heads, self.head)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k = normalised(q, self.q_norm), normalised(k, self.k_norm)
+        if self.clip is not None:
+            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         q, k = rotate(q, cos.to(q.dtype), sin.to(q.dtype)), rotate(k, cos.to(k.dtype), sin.to(k.dtype))
         if g:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         else:  # a rank with no sequences: attention kernels refuse empty batches, the graph must still reach q, k, v
             y = q + 0 * (k.sum() + v.sum())
-        return self.wo(y.transpose(1, 2).reshape(g, s, d))
+        return self.wo(y.transpose(1, 2).reshape(g, s, self.heads * self.head))
+
+
+def normalised(x: torch.Tensor, norm: nn.RMSNorm | None) -> torch.Tensor:
+    """[G, S, heads, C] after a norm over each head or over all of them, whichever is its width; None: as it is."""
+    if norm is None:
+        return x
+    wide = x.float() if x.dtype.itemsize == 2 else x  # of autocast's low precision: a norm needs more
+    return norm(wide if norm.normalized_shape[0] == x.shape[-1] else wide.flatten(2)).view(x.shape).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -118,6 +140,9 @@ class Transformer(nn.Module):
                  forms: Mapping[int, Mapping[int, ExpertForm]] | None = None):
         super().__init__()
         m = self.m = config.model
+        if m.vocab_rows(vocab) < vocab:
+            raise ConfigError(f"model.vocab ({m.vocab}) has no room for the {vocab} tokens of the tokenizer; set "
+                              f"model.vocab={vocab} or more, or null")
         whole = ExpertForm.dense(m.width, m.expert_hidden, ACTIVATIONS[m.activation] == 2)
         self.banks: dict[int, Bank] = _Hidden()
         blocks = []
@@ -134,10 +159,11 @@ class Transformer(nn.Module):
             else:
                 ffn = FeedForward(m.width, m.ffn_hidden, m.activation)
             blocks.append(Block(m, ffn))
-        self.embedding = nn.Embedding(vocab, m.width)
+        rows = m.vocab_rows(vocab)
+        self.embedding = nn.Embedding(rows, m.width)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(m.width, eps=m.norm_eps)
-        self.head = None if m.tie_embeddings else nn.Linear(m.width, vocab, bias=False)
+        self.head = None if m.tie_embeddings else nn.Linear(m.width, rows, bias=False)
         self.to(device=device, dtype=dtype)
         self._initialise(config.seed)
 
@@ -169,7 +195,7 @@ class Transformer(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[int, LayerReport]]:
         """([G, S, D] normalised hidden states, report of every MoE layer)."""
         x = self.embedding(batch.ids_GS)
-        cos, sin = rotary_tables(x.shape[1], self.m.width // self.m.heads, self.m.rope_base, x.device, x.dtype)
+        cos, sin = rotary_tables(x.shape[1], self.m.head, self.m.rope_base, x.device, x.dtype)
         reports = {}
         for i, block in enumerate(self.layers):
             args = (x, cos, sin, batch.ids_GS, batch.keys_GS, mix_seeds(batch.seed, i))

@@ -5,6 +5,7 @@ import torch
 
 from moedist.config import config_from_dict
 from moedist.dispatch import LocalTransport, build_transport
+from moedist.errors import ConfigError
 from moedist.model import Batch, Transformer
 from moedist.placement import plan_from_config
 from moedist.world import World
@@ -108,3 +109,78 @@ def test_rank_without_sequences_has_a_graph():
     hidden.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     assert isinstance(model.layers[0].ffn.dispatcher.transport, LocalTransport)
+
+
+def loud(model: Transformer) -> Transformer:
+    """Attention that matters: initial weights are so small that nothing before the softmax shows."""
+    with torch.no_grad():
+        for block in model.layers:
+            block.attention.wqkv.weight *= 30
+            block.attention.wo.weight *= 30
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["none", "head", "all"])
+def test_normalised_queries_forget_their_scale(kind):
+    model = loud(build(f"model.qk_norm={kind}", "model.norm_eps=1e-12"))
+    before = model(batch())[0]
+    with torch.no_grad():
+        model.layers[0].attention.wqkv.weight[:16] *= 7  # all queries
+    assert torch.allclose(model(batch())[0], before, rtol=1e-9, atol=1e-12) == (kind != "none")
+    with torch.no_grad():
+        model.layers[0].attention.wqkv.weight[:8] *= 5  # queries of one head of two
+    again = model(batch())[0]
+    assert torch.allclose(again, before, rtol=1e-9, atol=1e-12) == (kind == "head")
+
+
+def test_norm_weights_of_queries_and_keys_have_the_width_they_norm_over():
+    heads = [[len(p) for n, p in build(f"model.qk_norm={kind}", "model.head_width=6").named_parameters()
+              if n.startswith("layers.0") and n.endswith(("q_norm.weight", "k_norm.weight"))] for kind in ("none", "head", "all")]
+    assert heads == [[], [6, 6], [12, 6]]
+
+
+def test_clipping_bounds_queries_keys_and_values():
+    free, wide = loud(build()), loud(build("model.clip_qkv=1000.0"))
+    assert torch.equal(free(batch())[0], wide(batch())[0])
+    narrow = loud(build("model.clip_qkv=0.01"))
+    seen = []
+    narrow.layers[0].attention.wo.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().max().item()))
+    narrow(batch())
+    assert seen[0] <= 0.01 + 1e-12 and not torch.equal(free(batch())[0], narrow(batch())[0])
+
+
+def odd_gradients(world, sequences):
+    """Gradients of dense weights, summed over ranks, of a model with every attention key in use."""
+    model = loud(build("model.qk_norm=all", "model.head_width=6", "model.clip_qkv=0.5", "model.dense_blocks=[0]", world=world))
+    model.train()
+    first = sum(sequences[:world.rank])
+    full = batch(sequences=sum(sequences))
+    mine = slice(first, first + sequences[world.rank])
+    hidden, _ = model(Batch(full.ids_GS[mine], full.keys_GS[mine], full.seed))
+    hidden.square().sum().backward()
+    return {n: world.all_reduce_(torch.zeros_like(p) if p.grad is None else p.grad) for n, p in model.named_parameters()}
+
+
+def test_attention_keys_work_on_ranks_without_sequences():
+    alone, parts = run_ranks(1, odd_gradients, [3])[0], run_ranks(2, odd_gradients, [0, 3])
+    assert "layers.0.ffn.w_in.weight" in alone and "layers.1.ffn.router.weight" in alone
+    for part in parts:
+        for name, grad in alone.items():
+            torch.testing.assert_close(part[name], grad, rtol=1e-9, atol=1e-12)
+            assert name.endswith("embedding.weight") or grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kind", ["head", "all"])
+def test_norms_of_queries_survive_autocast(kind):
+    model = loud(build(f"model.qk_norm={kind}", dtype=torch.float32))
+    exact = model(batch())[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(batch())[0]
+    torch.testing.assert_close(low.float(), exact, rtol=0.1, atol=0.1)
+
+
+def test_rows_of_the_embedding_beyond_the_tokens():
+    model = build("model.vocab=40", "model.tie_embeddings=false")
+    assert model.embedding.weight.shape == model.head_weight.shape == (40, 16)
+    with pytest.raises(ConfigError, match=r"model.vocab \(29\) has no room for the 30 tokens"):
+        build("model.vocab=29")
