@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import Any, Sequence
 
 from moedist.checkpoint import RunFolder, read_meta
@@ -38,6 +39,9 @@ def compress_run(run_folder: str, c: CompressConfig, overrides: Sequence[str] = 
     check_methods(config)
     with World.start(config.world) as world:
         run = build_run(config, world, equal_plan(config, world.size), None, checkpoint, meta)
+        if world.is_main:  # what became of neurons in compressions before this one
+            for path in old.path.glob("compression-*"):
+                shutil.copy(path, run.folder.path)
         try:
             run.progress.phase, run.progress.phase_step = at, 0
             compress_phase(run, config.phases[at]["compress"])

@@ -104,7 +104,8 @@ def next_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Siz
                                   for layer, problem in found.items()}
     before = sum(makespan(old.layer(layer), problem) for layer, problem in found.items())
     after = sum(r.makespan_s for r in replans.values())
-    if after > (1 - config.tolerance) * before:  # not worth it for all layers together
+    forced = any(r.forced for r in replans.values())
+    if after > (1 - config.tolerance) * before and not forced:  # not worth it for all layers together
         layers = {layer: old.layer(layer) for layer in found}
     else:
         layers = {layer: r.layer for layer, r in replans.items()}

@@ -26,6 +26,7 @@ class Replan:
         kind: stay (shares may differ, which moves nothing), moves (a few of the old placements changed) or full.
         makespan_s, old_makespan_s: with the new and the old plan, at the present loads and speeds.
         moved: placements that were not there before.
+        forced: the old plan breaks a limit: it cannot stay, whatever a change costs.
     """
 
     layer: LayerPlan
@@ -33,6 +34,7 @@ class Replan:
     makespan_s: float
     old_makespan_s: float
     moved: int
+    forced: bool = False
 
 
 def replan_layer(problem: Problem, old: LayerPlan, move_cost_s: float = 0.0, horizon_steps: int = 100, tolerance: float = 0.03,
@@ -63,7 +65,7 @@ def replan_layer(problem: Problem, old: LayerPlan, move_cost_s: float = 0.0, hor
         kind, best = "stay", stay
     if kind == "stay" and makespan(best, problem) > (1 - tolerance) * before:
         best = old  # not even the shares are worth a new plan
-    return Replan(best, kind, makespan(best, problem), before, moved(old, best))
+    return Replan(best, kind, makespan(best, problem), before, moved(old, best), candidates[0][0] != "stay")
 
 
 def moved(old: LayerPlan, new: LayerPlan) -> int:

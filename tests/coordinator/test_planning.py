@@ -135,3 +135,10 @@ def test_a_model_without_experts_has_a_batch_to_plan():
     assert old.layers == () and split_batch(16, old.batch_shares) == [8, 8]
     found = next_plan(cluster([100, 100], [300, 100]), {}, sizes, PLACEMENT, old, 100)
     assert split_batch(16, found.plan.batch_shares) == [12, 4]
+
+
+def test_an_old_plan_that_breaks_a_limit_does_not_stay():
+    old = first_plan(cluster([100, 100]), EVEN, SIZES, PLACEMENT).plan
+    limited = dataclasses.replace(PLACEMENT, max_experts=[8, 1])
+    found = next_plan(cluster([100, 100]), EVEN, SIZES, limited, old, horizon=100)
+    assert not found.stays and held(found.plan, 0) == held(found.plan, 1) == [7, 1]
