@@ -17,9 +17,12 @@ CHOICES = {
     "router.name": ROUTERS,
     "train.dtype": ("float32", "bfloat16", "float16", "float64"),
     "train.schedule": ("cosine", "linear", "constant"),
+    "train.optimizer": ("adamw", "sgd"),
     "placement.planner": ("measured", "equal"),
-    "engine.name": ("torch",),
+    "engine.name": ("torch", "deepspeed"),
+    "engine.offload": ("none", "cpu"),
     "monitor.wandb": ("auto", "online", "offline", "disabled"),
+    "resume": ("never", "auto"),
 }
 POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
             "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
@@ -27,8 +30,8 @@ POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width",
             "placement.probe_s")
 NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
                 "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",
-                "train.clip", "train.eval_every", "checkpoint.every", "model.init_std", "placement.max_copies",
-                "placement.hot_copies", "placement.replan_every", "placement.tolerance")
+                "train.clip", "train.eval_every", "checkpoint.every", "checkpoint.keep_best", "model.init_std",
+                "placement.max_copies", "placement.hot_copies", "placement.replan_every", "placement.tolerance")
 FRACTIONS = ("data.valid_fraction", "model.dropout", "train.beta1", "train.beta2")  # [0, 1)
 
 
@@ -45,7 +48,37 @@ def check_config(config: Config, world_size: int) -> None:
     if t.batch % t.accumulate:
         raise ConfigError(f"train.batch ({t.batch} sequences) must be a multiple of train.accumulate ({t.accumulate}); "
                           f"set train.batch={t.batch + t.accumulate - t.batch % t.accumulate}")
+    _check_engine(config)
     _check_ranks(config, world_size)
+    _check_checkpoint(config)
+
+
+def _check_checkpoint(config: Config) -> None:
+    every, best, evaluated = config.checkpoint.every, config.checkpoint.keep_best, config.train.eval_every
+    if best and every and (not evaluated or every % evaluated):
+        raise ConfigError(f"checkpoint.keep_best={best} goes by validation loss, but not every checkpoint is evaluated "
+                          f"(checkpoint.every is {every}, train.eval_every {evaluated}); set train.eval_every={every} or a "
+                          "divisor of it")
+
+
+def _check_engine(config: Config) -> None:
+    e = config.engine
+    if e.name == "torch":
+        for name, nothing in (("zero_stage", None), ("offload", "none"), ("config", None)):
+            if (value := getattr(e, name)) != nothing:
+                raise ConfigError(f"engine.{name}={value} is for engine.name=deepspeed, but engine.name is torch; set "
+                                  f"engine.name=deepspeed, or engine.{name}={nothing or 'null'}")
+        return
+    if e.zero_stage not in (None, 0, 1, 2, 3):
+        raise ConfigError(f"engine.zero_stage is {e.zero_stage}; choose 0, 1, 2 or 3")
+    if e.offload == "cpu" and e.zero_stage == 0:
+        raise ConfigError("engine.offload=cpu moves optimizer state that ZeRO has split, but engine.zero_stage is 0; set "
+                          "engine.zero_stage=1, 2 or 3")
+    if e.offload == "cpu" and config.world.device == "cpu":
+        raise ConfigError("engine.offload=cpu brings nothing with world.device=cpu, where all is in host memory; set "
+                          "engine.offload=none")
+    if config.train.dtype == "float64":
+        raise ConfigError("train.dtype=float64 needs engine.name=torch: DeepSpeed keeps float32 weights")
 
 
 def _check_ranks(config: Config, world_size: int) -> None:

@@ -122,11 +122,12 @@ class TrainConfig:
     batch: int = key(16, "sequences of one optimizer step, over all ranks")
     accumulate: int = key(1, "parts the batch is cut into, one forward and backward each")
     dtype: str = key("float32", "float32, bfloat16 or float16 (autocast, float32 weights), or float64")
+    optimizer: str = key("adamw", "adamw, or sgd (no momentum, for comparisons)")
     lr: float = key(1e-3, "peak learning rate")
     schedule: str = key("cosine", "cosine, linear or constant")
     warmup_steps: int = key(20, "steps of linear warm-up")
     min_lr_ratio: float = key(0.1, "last learning rate over the peak")
-    weight_decay: float = key(0.1, "AdamW weight decay (matrices only)")
+    weight_decay: float = key(0.1, "decoupled weight decay (matrices only)")
     beta1: float = key(0.9, "AdamW beta 1")
     beta2: float = key(0.95, "AdamW beta 2")
     eps: float = key(1e-8, "AdamW epsilon")
@@ -137,13 +138,20 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    name: str = key("torch", "who holds the dense parameters: torch (replicated, gradients all-reduced)")
+    name: str = key("torch", "who holds the dense parameters: torch (replicated, gradients all-reduced) or deepspeed (ZeRO)")
+    zero_stage: Optional[int] = key(None, "deepspeed: what of the dense parameters is split over ranks: 0 (nothing), 1 "
+                                          "(optimizer state), 2 (gradients too), 3 (weights too) (null: 1)")
+    offload: str = key("none", "deepspeed, on an accelerator: none, or cpu (optimizer state and step in host memory)")
+    config: Optional[str] = key(None, "deepspeed: a DeepSpeed JSON file with more settings, such as bucket sizes (what moedist "
+                                      "decides itself is refused there)")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = key(100, "steps between checkpoints (0: only at the end and on SIGTERM, SIGINT, SIGUSR1)")
     keep: int = key(2, "newest checkpoints to keep")
+    keep_best: int = key(0, "checkpoints of lowest validation loss to keep besides")
+    asynchronous: bool = key(True, "write checkpoints while training goes on, from a copy in host memory (false: wait)")
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,8 @@ class Config:
     name: str = key("run", "name of the run; its folder is <folder>/<name>-<time>")
     folder: str = key("runs", "folder that run folders are made in")
     seed: int = key(0, "seed of weights, data order and routing noise")
+    resume: str = key("never", "never, or auto: go on with the newest run of this name that has a checkpoint, where there is "
+                               "one (for jobs that are requeued)")
     data: DataConfig = key(DataConfig, "what is read")
     model: ModelConfig = key(ModelConfig, "what is trained")
     router: RouterConfig = key(RouterConfig, "how tokens choose experts")

@@ -1,4 +1,4 @@
-"""AdamW for the experts of this rank, apart from the dense parameters: experts come and go while training goes on."""
+"""The optimizer of this rank's experts, apart from the dense parameters: experts come and go while training goes on."""
 
 from __future__ import annotations
 
@@ -7,21 +7,10 @@ from typing import Mapping
 import torch
 
 from moedist.config import TrainConfig
+from moedist.engine.optimizer import MOMENTS, build_optimizer, make_state, moments_of, set_updates
 from moedist.model import Bank, BankTensors
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def adamw(groups: list[dict], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW whose state is made now, so that a checkpoint can be read before the first step."""
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, eps=config.eps, betas=(config.beta1, config.beta2),
-                                  fused=device.type in ("cpu", "cuda"))
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            step_device = p.device if group["fused"] else "cpu"
-            optimizer.state[p] = {"step": torch.zeros((), device=step_device),
-                                  **{moment: torch.zeros_like(p) for moment in MOMENTS}}
-    return optimizer
+__all__ = ["MOMENTS", "ExpertOptimizer"]
 
 
 class ExpertOptimizer:
@@ -29,25 +18,29 @@ class ExpertOptimizer:
 
     def __init__(self, banks: Mapping[int, Bank], config: TrainConfig, device: torch.device):
         self.banks, self._config, self._device = banks, config, device
+        self._moments = moments_of(config)
         self._make()
 
     def _make(self) -> None:
         params = [p for p in self.parameters() if p.numel()]
-        group = {"params": params, "weight_decay": self._config.weight_decay}
-        self._adamw = adamw([group], self._config, self._device) if params else None
+        self._optimizer = None
+        if params:
+            group = {"params": params, "weight_decay": self._config.weight_decay}
+            self._optimizer = build_optimizer([group], self._config, self._device)
+            make_state(self._optimizer, params, self._config)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for bank in self.banks.values() for p in bank.parameters()]
 
     def step(self, lr: float) -> None:
-        if self._adamw is not None:
-            self._adamw.param_groups[0]["lr"] = lr
-            self._adamw.step()
+        if self._optimizer is not None:
+            self._optimizer.param_groups[0]["lr"] = lr
+            self._optimizer.step()
 
     def tensors(self, layer: int) -> list[BankTensors]:
-        """Weights, then each Adam moment, of the experts of a layer: detached views that can be written."""
+        """Weights, then each Adam moment (none with SGD), of the experts of a layer: detached views that can be written."""
         bank = self.banks[layer]
-        return [bank.weights(), *(self._moment(bank, moment) for moment in MOMENTS)]
+        return [bank.weights(), *(self._moment(bank, moment) for moment in self._moments)]
 
     def rebuild(self, moments: Mapping[int, list[BankTensors]], updates: float) -> None:
         """Go on with the banks as they are now, and these moments of each layer.
@@ -57,16 +50,16 @@ class ExpertOptimizer:
         """
         self._make()
         for layer, of_layer in moments.items():
-            for moment, sources in zip(MOMENTS, of_layer):
+            for moment, sources in zip(self._moments, of_layer):
                 for target, source in zip(self._moment(self.banks[layer], moment), sources):
                     target.copy_(source)
         self.set_updates(updates)
 
     def set_updates(self, updates: float) -> None:
-        for state in self._adamw.state.values() if self._adamw is not None else ():
-            state["step"].fill_(updates)
+        if self._optimizer is not None:
+            set_updates(self._optimizer, updates)
 
     def _moment(self, bank: Bank, moment: str) -> BankTensors:
         if not bank.expert_ids:
             return bank.weights()  # no experts here, so no state: empty all the same
-        return tuple(self._adamw.state[p][moment] for p in bank.parameters())
+        return tuple(self._optimizer.state[p][moment] for p in bank.parameters())

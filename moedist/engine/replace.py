@@ -10,7 +10,7 @@ import torch
 
 from moedist.compress import Compressed
 from moedist.engine.dense_moments import dense_moments
-from moedist.engine.torch_engine import TorchEngine
+from moedist.engine.interface import Engine
 from moedist.model import Bank, BankTensors, ExpertForm, MoELayer, build_bank
 from moedist.model.bank import joined, spread
 from moedist.model.forms import by_part, indices_of, named, tensors_of
@@ -25,7 +25,7 @@ class _Stored:
 
 
 @torch.no_grad()
-def replace_experts(engine: TorchEngine, compressed: Mapping[int, Mapping[int, Compressed]]) -> None:
+def replace_experts(engine: Engine, compressed: Mapping[int, Mapping[int, Compressed]]) -> None:
     """Store experts as given from now on. Every rank must call it, between two steps.
 
     Adam's moments are mapped (indexed for whole neurons, by the chain rule for factors) and the count of updates stays.
@@ -43,7 +43,7 @@ def replace_experts(engine: TorchEngine, compressed: Mapping[int, Mapping[int, C
     engine.placed(moments)
 
 
-def _replace(engine: TorchEngine, moe: MoELayer, compressed: Mapping[int, Compressed]) -> list[BankTensors]:
+def _replace(engine: Engine, moe: MoELayer, compressed: Mapping[int, Compressed]) -> list[BankTensors]:
     """Put the layer's new bank in place; returns its moments."""
     old, layout, tensors = moe.bank, moe.dispatcher.layout, engine.experts.tensors(moe.bank.layer)
     _refuse_strangers(old, layout.primary_experts, compressed)
