@@ -1,7 +1,8 @@
 """Text to token ids and back: bytes, a byte-level BPE trained here, or a tokenizer.json that exists already.
 
 All kinds are a `tokenizers` model, so a run's `tokenizer.json` opens in other tools. Encoding works on batches in the
-library's own threads; one end-of-text token follows every document.
+library's own threads; one end-of-text token follows every document. A foreign tokenizer that starts its texts with a token
+of its own (Llama's `<s>`) does so here too, since models trained with it expect it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ PIECE_CHARS = 16_384  # longest text that goes to one thread
 BATCH_CHARS = 8_000_000  # text encoded at once: bounds memory, enough for every thread
 MAX_TRAIN_CHARS = 200_000_000  # counts of frequent pairs no longer change beyond this much text
 FILE, SETTINGS = "tokenizer.json", "tokenizer_settings.json"
+FOREIGN_SETTINGS = "tokenizer_config.json"  # what Hugging Face keeps beside a tokenizer.json
 
 # Where it is not set, the library warns at every fork (a logger, a compiler) that it turns its threads off.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -42,10 +44,11 @@ class Tokenizer:
         library.no_truncation()
         library.encode_special_tokens = True  # text from the outside must not end a document
         self._library = library
-        self._end = end
+        self.end = end
         self.kind = kind
         self.vocab_size: int = max(library.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
         self.eos_id: int = library.token_to_id(end)
+        self._begin = _first_ids(library, self.eos_id)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     @classmethod
@@ -75,7 +78,8 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str) -> Tokenizer:
-        """An existing tokenizer.json.
+        """An existing tokenizer.json. Its end-of-text token is the one named beside it, by `save` or in Hugging Face's
+        tokenizer_config.json, else the first of the usual ones that it has.
 
         Raises:
             DataError: no such file, not a tokenizer, or none of the usual end-of-text tokens in it.
@@ -83,7 +87,7 @@ class Tokenizer:
         if not os.path.isfile(path):
             raise DataError(f"data.tokenizer={path} is no file; choose byte, bpe or the path of a tokenizer.json")
         library = _read_library(path)
-        ends = [token for token in KNOWN_ENDS if library.token_to_id(token) is not None]
+        ends = [token for token in (*_ends_beside(path), *KNOWN_ENDS) if library.token_to_id(token) is not None]
         if not ends:
             raise DataError(f"{path} has no end-of-text token (looked for {', '.join(KNOWN_ENDS)}); add one, "
                             "or use data.tokenizer=bpe")
@@ -106,11 +110,11 @@ class Tokenizer:
         """Write tokenizer.json and its settings into a folder, which is made if need be."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._library.save(str(Path(folder, FILE)))
-        settings = json.dumps({"kind": self.kind, "end": self._end}, indent=1)
+        settings = json.dumps({"kind": self.kind, "end": self.end}, indent=1)
         Path(folder, SETTINGS).write_text(settings + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, without an end-of-text token."""
+        """The token ids of a text, with what the tokenizer puts before every text, without an end-of-text token."""
         return next(self._encode([text]))[:-1].tolist()
 
     def encode_documents(self, documents: Iterable[str]) -> np.ndarray:
@@ -139,7 +143,7 @@ class Tokenizer:
 
     def _encode(self, documents: list[str]) -> Iterator[np.ndarray]:
         """One array per document, the end-of-text id included."""
-        end = np.array([self.eos_id], self.dtype)
+        begin, end = np.array(self._begin, self.dtype), np.array([self.eos_id], self.dtype)
         if self.kind == "byte":
             for document in documents:
                 raw = np.frombuffer(document.encode("utf-8", "replace"), np.uint8)
@@ -151,7 +155,7 @@ class Tokenizer:
         encode = getattr(self._library, "encode_batch_fast", self._library.encode_batch)
         encoded = iter(encode([piece for parts in pieces for piece in parts], add_special_tokens=False))
         for parts in pieces:
-            yield np.concatenate([*(np.array(e.ids, self.dtype) for e in islice(encoded, len(parts))), end])
+            yield np.concatenate([begin, *(np.array(e.ids, self.dtype) for e in islice(encoded, len(parts))), end])
 
 
 def _byte_level(model: models.Model, regex: bool) -> LibraryTokenizer:
@@ -166,6 +170,25 @@ def _byte_chars() -> list[str]:
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     above = iter(sorted(char for char in alphabet if ord(char) > 255))
     return [chr(byte) if chr(byte) in alphabet else next(above) for byte in range(256)]
+
+
+def _first_ids(library: LibraryTokenizer, end: int) -> list[int]:
+    """The special tokens that a tokenizer's template puts before a text."""
+    empty = library.encode("")
+    return [i for i, _ in takewhile(lambda pair: pair[1] and pair[0] != end, zip(empty.ids, empty.special_tokens_mask))]
+
+
+def _ends_beside(path: str) -> list[str]:
+    """End-of-text tokens named in the files beside a tokenizer.json, ours first."""
+    found = []
+    for name, key in ((SETTINGS, "end"), (FOREIGN_SETTINGS, "eos_token")):
+        try:
+            token = json.loads(Path(path).with_name(name).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        token = token.get("content") if isinstance(token, dict) else token  # older files describe the token
+        found += [token] if isinstance(token, str) else []
+    return found
 
 
 def _read_library(path: str | os.PathLike) -> LibraryTokenizer:
