@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, Sequence
 
-from moedist.checkpoint import RunFolder, find_run, forms_of, load_checkpoint, read_meta
+from moedist.checkpoint import (DamagedCheckpoint, RunFolder, check_index, find_run, forms_of, load_checkpoint, mend, read_meta,
+                                set_aside)
 from moedist.config import Config, check_config, for_ranks, load_config, to_yaml
 from moedist.coordinator import start_plan, written_plan
 from moedist.coordinator.facts import facts_to_json
@@ -37,15 +38,15 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     Args:
         config_path: YAML file; may be None when a run folder is resumed.
         overrides: dotted overrides.
-        resume: a run folder, "newest" for the newest run of this configuration's name, or None to start afresh.
+        resume: a run folder, "newest" for the newest run of this configuration's name, "auto" for that where there is one, or
+            None to do what the configuration says, "auto" or "never".
 
     Returns:
         The run folder.
     """
     config, folder = _find_config(config_path, list(overrides), resume)
     size = find_launch().size
-    checkpoint = folder.newest() if folder else None
-    meta = read_meta(checkpoint) if checkpoint else None
+    meta = _newest_meta(folder) if folder else None
     config, dropped = for_ranks(config, size) if meta and meta["world_size"] != size else (config, [])
     check_config(config, size)
     check_methods(config)
@@ -55,7 +56,7 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     with World.start(config.world) as world:
         if notice and world.is_main:
             print(notice, flush=True)
-        run = build_run(config, world, written, folder, checkpoint, meta)
+        run = resumed_run(config, world, folder) if folder else build_run(config, world, written)
         run.signals.listen()
         run.recorder.say(_describe(run))
         try:
@@ -63,23 +64,77 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
                 (name, value), = config.phases[i].items()
                 PHASES[name](run, value)
                 run.progress.phase, run.progress.phase_step = i + 1, 0
+            if failure := run.finish_saving():
+                raise CheckpointError(f"{failure}; free some space and go on with --resume {run.folder}")
             _finish(run)
         except Stopped:
             ranks = f"{program('torchrun')} --nproc-per-node {world.size} -m moedist" if world.size > 1 else program()
             run.recorder.say(f"stopped by a signal after step {run.progress.step}; go on with: "
                              f"{ranks} train --resume {run.folder}")
         finally:
+            if world.size == 1:  # an error: of several ranks, the others may be gone
+                run.finish_saving()
             run.recorder.close()
         return run.folder
 
 
 def _find_config(path: str | None, overrides: list[str], resume: str | None) -> tuple[Config, RunFolder | None]:
+    """The configuration, and the run to go on with, if any."""
+    config = load_config(path, overrides) if path else RunFolder(resume or "").config(overrides)
     if resume is None:
-        return load_config(path or "", overrides), None
-    config = load_config(path, overrides) if path else RunFolder(resume).config(overrides)
-    folder = find_run(config.folder, config.name) if resume == "newest" else RunFolder(resume)
+        resume = "auto" if config.resume == "auto" else None
+    if resume in ("newest", "auto"):
+        try:
+            folder = find_run(config.folder, config.name)
+        except CheckpointError:
+            if resume == "newest":
+                raise
+            return config, None  # a job that may be requeued has started for the first time
+    elif resume is not None:
+        folder = RunFolder(resume)
+    else:
+        return config, None
     refuse_other_model(folder.config(), config, folder)
     return config, folder
+
+
+def _newest_meta(folder: RunFolder) -> dict[str, Any]:
+    """The facts of the newest checkpoint that has them; which one can be read as a whole is seen later, by all ranks."""
+    paths = folder.newest_first()
+    for path in paths:
+        try:
+            return read_meta(path)
+        except DamagedCheckpoint as error:
+            last = error
+    raise last
+
+
+def resumed_run(config: Config, world: World, folder: RunFolder) -> Run:
+    """A run that goes on from its newest checkpoint that is whole; others are told and set aside. Collective.
+
+    Raises:
+        CheckpointError: none is whole, or they are of another model.
+    """
+    if world.is_main:
+        mend(folder)
+    # rank 0's list: another machine may see a shared folder some seconds late
+    paths = [Path(path) for path in world.broadcast_object([str(path) for path in folder.newest_first()])]
+    damaged: list[str] = []
+    for path in paths:
+        try:
+            check_index(path, world)
+            meta = read_meta(path)
+            run = build_run(config, world, written_plan(config, world.size, meta)[0], folder, path, meta)
+        except DamagedCheckpoint as error:
+            damaged.append(error.reason)
+            if world.is_main and path != paths[-1]:
+                print(f"warning: {error.reason}; going on from the one before it", flush=True)
+            continue
+        if world.is_main:
+            for old in paths[:len(damaged)]:
+                set_aside(old)
+        return run
+    raise CheckpointError(f"{folder} has no checkpoint that can be read: {'; '.join(damaged)}")
 
 
 def refuse_other_model(saved: Config, config: Config, folder: RunFolder) -> None:

@@ -207,6 +207,15 @@ class World:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def gather_to_main(self, value: Any) -> list[Any]:
+        """`value` of every rank, on rank 0; nothing elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.is_main else []
+        with self.meter.waiting():
+            dist.gather_object(value, values if self.is_main else None, dst=0, group=self.control)
+        return values
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         if self.size == 1:

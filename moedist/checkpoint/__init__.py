@@ -1,7 +1,10 @@
 """State on disk, keyed by global names: written by one world and placement, read by any other."""
 
 from moedist.checkpoint.forms import forms_of
+from moedist.checkpoint.retention import mend, set_aside
 from moedist.checkpoint.run_folder import RunFolder, find_run
-from moedist.checkpoint.store import load_checkpoint, read_meta, save_checkpoint
+from moedist.checkpoint.saver import Saver, save_checkpoint
+from moedist.checkpoint.store import DamagedCheckpoint, check_index, load_checkpoint, read_meta
 
-__all__ = ["RunFolder", "find_run", "forms_of", "load_checkpoint", "read_meta", "save_checkpoint"]
+__all__ = ["DamagedCheckpoint", "RunFolder", "Saver", "check_index", "find_run", "forms_of", "load_checkpoint", "mend",
+           "read_meta", "save_checkpoint", "set_aside"]

@@ -4,6 +4,7 @@
     tokenizer.json  the tokenizer                    plans.jsonl     one object per plan, with its first step
     ranks.json      what was measured of every rank  compression-00000100.json   what became of every expert
     checkpoints/step-00000100/...                    compression-00000100.npz    what became of every neuron, see below
+        *.distcp    the tensors, by rank             .metadata, meta.json, hashes.json   index, facts, content hashes
 
 The npz is of the methods that choose whole neurons, and holds what a checkpoint no longer can: `layers.3.experts.17.fisher`
 and so on, with the fields of `moedist.neurons.record.NeuronRecord`. Neurons go by their ids before the first compression.
@@ -18,7 +19,7 @@ from pathlib import Path
 from moedist.config import Config, load_config
 from moedist.errors import CheckpointError
 
-STEP_FOLDER = re.compile(r"step-(\d{8})")
+STEP_FOLDER = re.compile(r"step-(\d{8})(\.old)?")  # .old: see moedist.checkpoint.retention
 
 
 class RunFolder:
@@ -60,14 +61,25 @@ class RunFolder:
                       if (match := re.fullmatch(r"compression-(\d{8})\.json", p.name)))
 
     def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step:08d}"
+        final = self.checkpoints / f"step-{step:08d}"
+        old = final.with_name(final.name + ".old")
+        return old if old.is_dir() and not final.is_dir() else final  # killed while it was being replaced
 
     def steps(self) -> list[int]:
-        """Steps that have a complete checkpoint, ascending."""
+        """Steps that have a checkpoint, ascending; those being written are not among them."""
         if not self.checkpoints.is_dir():
             return []
         matches = (STEP_FOLDER.fullmatch(p.name) for p in self.checkpoints.iterdir())
-        return sorted(int(m.group(1)) for m in matches if m)
+        return sorted({int(m.group(1)) for m in matches if m})
+
+    def newest_first(self) -> list[Path]:
+        """The checkpoints, newest first.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        self.newest()
+        return [self.checkpoint(step) for step in reversed(self.steps())]
 
     def newest(self) -> Path:
         """The newest complete checkpoint.

@@ -33,6 +33,9 @@ METRICS: dict[str, Metric] = {
     "compress/ratio": Metric("share of the experts' bytes removed", "same"),
     "compress/bytes": Metric("bytes of all experts, index vectors included", "sum"),
     "compress/seconds": Metric("s", "same"),
+    "checkpoint/blocked_ms": Metric("ms that training stood still for a checkpoint, on rank 0", "same"),
+    "checkpoint/seconds": Metric("s from the start of a checkpoint until it was complete", "same"),
+    "checkpoint/bytes": Metric("bytes of its tensors", "sum"),
     "valid/loss": Metric("nats per token", "mean over tokens"),
     "valid/perplexity": Metric("", "mean over tokens"),
 }

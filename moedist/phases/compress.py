@@ -30,6 +30,7 @@ def compress_phase(run: Run, value: dict[str, Any]) -> None:
         CompressError: an impossible budget, or values that are not finite. The model is as it was.
     """
     c, start = compress_config(value), time.perf_counter()
+    run.finish_saving()  # that of the step before must be there should the compression fail
     before = run.held_out.loss if run.held_out is not None else _evaluate(run).loss
     shrunk = shrink(run.model, run.world, source_of(run, c.tokens), c, run.recorder.bar)
     if c.distill_steps:
@@ -42,6 +43,7 @@ def compress_phase(run: Run, value: dict[str, Any]) -> None:
     run.recorder.say(_describe(run, shrunk, c, time.perf_counter() - start))
     run.experts_changed()
     result = run.held_out = _evaluate(run)
+    run.evaluated_at = run.progress.step
     run.recorder.record(run.progress.step, {
         "compress/ratio": shrunk.ratio, "compress/bytes": sum(s.bytes for s in shrunk.summaries),
         "compress/seconds": time.perf_counter() - start, "valid/loss": result.loss, "valid/perplexity": result.perplexity,

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from moedist.checkpoint import RunFolder, save_checkpoint
+from moedist.checkpoint import RunFolder, Saver
 from moedist.config import Config
 from moedist.coordinator import Coordinator, RankTimes, migrate, plan_again
 from moedist.data import EvalStream, TrainStream
 from moedist.engine import TorchEngine
+from moedist.errors import CheckpointError
 from moedist.model import ExpertForm, Transformer
 from moedist.monitor import Recorder
 from moedist.phases.evaluation import HeldOut
@@ -61,7 +62,12 @@ class Run:
     corpus_digest: str
     progress: Progress = field(default_factory=Progress)
     held_out: HeldOut | None = None  # the newest evaluation
+    evaluated_at: int | None = None  # the step that it is of
     signals: "Signals" = field(default_factory=lambda: Signals())
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.folder, self.world, self.config.checkpoint.keep, self.config.checkpoint.keep_best)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,18 +79,56 @@ class Run:
         """Whether activations have 16 bits."""
         return self.dtype in (torch.bfloat16, torch.float16)
 
-    def save(self, again: bool = False) -> None:
-        """Write a checkpoint of where the run stands, unless there is one (`again`: then too)."""
-        step = self.progress.step
-        if step in self.folder.steps() and not again:
+    def save(self, again: bool = False, periodic: bool = False) -> None:
+        """Write a checkpoint of where the run stands, unless there is one (`again`: then too). Every rank must call it.
+
+        Args:
+            periodic: one of many: it is written while training goes on, and a failure is told but does not end the run.
+
+        Raises:
+            CheckpointError: one that is not periodic could not be written.
+        """
+        step, c = self.progress.step, self.config.checkpoint
+        if periodic and not again and self.saver.step == step:
             return
-        meta: dict[str, Any] = {
-            "progress": vars(self.progress), "counters": self.engine.counters(), "plan": self.plan.to_json(),
-            "coordinator": self.coordinator.state(), "corpus": self.corpus_digest, "world_size": self.world.size,
-        }
-        path = save_checkpoint(self.folder, step, self.engine.named_tensors(), meta, self.world,
-                               self.config.checkpoint.keep)
-        self.recorder.say(f"checkpoint {path}")
+        failure = self.saver.finish()  # before looking at the folder: its step may be this one
+        if again or not self.world.broadcast_object(step in self.folder.steps()):
+            meta: dict[str, Any] = {
+                "progress": dict(vars(self.progress)), "counters": self.engine.counters(), "plan": self.plan.to_json(),
+                "coordinator": self.coordinator.state(), "corpus": self.corpus_digest, "world_size": self.world.size,
+                "valid_loss": self.held_out.loss if self.held_out and self.evaluated_at == step else None,
+            }
+            background = periodic and c.asynchronous
+            self.saver.start(step, self.engine.named_tensors(), meta, background)
+            failure = None if background else self.saver.finish()
+        self._tell_saves()
+        if failure and not periodic:
+            raise CheckpointError(failure)
+
+    def saving(self, all_written: bool) -> None:
+        """Between two steps: see to a checkpoint that is being written. Every rank must call it.
+
+        Args:
+            all_written: that all ranks have written their parts, as the step's flags say.
+        """
+        if all_written:
+            self.saver.commit()
+        self._tell_saves()
+
+    def finish_saving(self) -> str | None:
+        """Wait for a checkpoint that is being written. Every rank must call it; returns why it failed, if it did."""
+        failure = self.saver.finish()
+        self._tell_saves()
+        return failure
+
+    def _tell_saves(self) -> None:
+        for saved in self.saver.news():
+            if saved.failure:
+                self.recorder.say(f"warning: {saved.failure}")
+                continue
+            self.recorder.record(self.progress.step, {
+                "checkpoint/blocked_ms": 1e3 * saved.blocked_s, "checkpoint/seconds": saved.seconds,
+                "checkpoint/bytes": saved.bytes}, f"checkpoint {saved.path}")
 
     def replan(self, loads: dict[int, torch.Tensor], ranks: RankTimes, ready: bool) -> None:
         """Let the coordinator learn from a step, take up a plan that is ready, and look for another when it is time.

@@ -21,7 +21,7 @@ from moedist.routing import mix_seeds
 from moedist.timing import StepTimes
 
 # summed over ranks once a step, in the collective of the gradient norm
-SUMS = ("loss", "balance_loss", "z_loss", "entropy", "dropped_rows", "stop", "save", "plan")
+SUMS = ("loss", "balance_loss", "z_loss", "entropy", "dropped_rows", "stop", "save", "plan", "written")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def train_phase(run: Run, steps: int) -> None:
         report = train_step(run)
         clock.steps += 1
         sums = report.sums
+        run.saving(sums["written"] == run.world.size)
         _refuse_non_finite(run, sums["loss"], report.grad_norm)
         run.recorder.tick(progress.step)
         last = progress.phase_step == steps
@@ -74,7 +75,7 @@ def train_phase(run: Run, steps: int) -> None:
             raise Stopped
         if config.checkpoint.every and progress.step % config.checkpoint.every == 0 or last or sums["save"]:
             run.signals.save = False
-            run.save()
+            run.save(periodic=True)
             clock = _Clock()
         run.replan(report.loads, report.ranks, bool(sums["plan"]))
 
@@ -108,7 +109,7 @@ def train_step(run: Run) -> StepReport:
             demands[layer] = demands.get(layer, 0) + report.demand_E
             rows_P[layer] = rows_P.get(layer, 0) + report.rows_P
     sums["stop"], sums["save"] = float(bool(run.signals.stop)), float(run.signals.save)
-    sums["plan"] = float(run.coordinator.ready)
+    sums["plan"], sums["written"] = float(run.coordinator.ready), float(run.saver.written)
     times = world.meter.take()
     seconds = torch.zeros(2, world.size, dtype=torch.float64)
     seconds[:, world.rank] = torch.tensor([sum(times.expert_s.values()), times.dense_s])
@@ -156,6 +157,7 @@ def _weighted_aux(run: Run, reports: dict[int, LayerReport],
 def evaluate(run: Run) -> None:
     """Record loss and perplexity of the validation split."""
     start = time.perf_counter()
+    run.evaluated_at = run.progress.step
     run.held_out = result = held_out_loss(run.model, run.valid_stream, run.world, run.dtype,
                                           max(run.config.train.batch, run.world.size))
     run.recorder.record(run.progress.step, {"valid/loss": result.loss, "valid/perplexity": result.perplexity},
@@ -192,6 +194,7 @@ def _log(run: Run, report: StepReport, clock: "_Clock") -> None:
 def _refuse_non_finite(run: Run, loss: float, norm: float) -> None:
     if math.isfinite(loss) and (math.isfinite(norm) or run.config.train.dtype == "float16"):
         return
+    run.finish_saving()  # all ranks are here: the loss is that of all
     steps = run.folder.steps()
     last = f"; the last checkpoint is of step {steps[-1]}" if steps else ""
     raise MoedistError(f"step {run.progress.step}: loss {loss}, gradient norm {norm}: training has diverged{last}; lower "
