@@ -16,7 +16,7 @@ from moedist.coordinator import start_plan, written_plan
 from moedist.coordinator.facts import facts_to_json
 from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
 from moedist.dispatch import build_transport
-from moedist.engine import TorchEngine
+from moedist.engine import build_engine, check_deepspeed
 from moedist.errors import CheckpointError, DataError
 from moedist.model import Transformer
 from moedist.monitor import Recorder
@@ -28,7 +28,7 @@ from moedist.world import World, find_launch
 
 # What a run must share with the checkpoint it goes on from: with another value the weights or the position in the data
 # would mean something else. Of the model, everything but these keys.
-FIXED_ON_RESUME = ("router.name", "data.sequence_length", "data.tokenizer", "seed")
+FIXED_ON_RESUME = ("router.name", "data.sequence_length", "data.tokenizer", "seed", "train.optimizer")
 MODEL_MAY_CHANGE = ("dropout", "recompute", "init_std")
 
 
@@ -50,6 +50,7 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     config, dropped = for_ranks(config, size) if meta and meta["world_size"] != size else (config, [])
     check_config(config, size)
     check_methods(config)
+    check_deepspeed(config)
     written, notice = written_plan(config, size, meta)
     if dropped:
         notice = "; ".join([*([notice] if notice else []), f"left out, being for {meta['world_size']} ranks: {', '.join(dropped)}"])
@@ -178,7 +179,7 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
     forms = forms_of(checkpoint) if checkpoint else None
     plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say, forms)
     model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter, forms)
-    engine = TorchEngine(model, config.train, world)
+    engine = build_engine(model, config, world)
     progress = Progress()
     if checkpoint and meta:
         load_checkpoint(checkpoint, engine.named_tensors(), world)
@@ -215,7 +216,7 @@ def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus:
 
 def _describe(run: Run) -> str:
     world, model, config = run.world, run.model, run.config
-    dense = sum(p.numel() for p in model.parameters())
+    dense = run.engine.dense_size
     layers = [moe for _, moe in model.moe_layers()]
     mine = [sum(moe.bank.flops_per_row[moe.bank.expert_ids.index(e)] // 2 for moe in layers  # a weight, two operations
                 for e in moe.dispatcher.layout.primary_experts),

@@ -40,7 +40,7 @@ def dense_run(run_folder: str, overrides: Sequence[str] = (), step: int | None =
     with World.start(config.world) as world:
         run = build_run(config, world, equal_plan(config, world.size), None)
         transport = next(iter(run.model.moe_layers()))[1].dispatcher.transport
-        model = Transformer(config, len(run.model.head_weight), run.plan, transport, world.device, weight_dtype(config),
+        model = Transformer(config, run.model.embedding.num_embeddings, run.plan, transport, world.device, weight_dtype(config),
                             forms=forms_of(checkpoint))
         engine = TorchEngine(model, config.train, world)
         stored, target = engine.named_tensors(), run.engine.named_tensors()

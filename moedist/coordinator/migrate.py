@@ -13,14 +13,14 @@ from collections import defaultdict
 import torch
 
 from moedist.dispatch import Dispatcher, Layout, Transport
-from moedist.engine import TorchEngine
+from moedist.engine import Engine
 from moedist.model import Bank, BankTensors, ExpertForm, build_bank
 from moedist.model.bank import joined, spread
 from moedist.placement import LayerPlan, Plan
 from moedist.world import World
 
 
-def migrate(world: World, engine: TorchEngine, new: Plan) -> int:
+def migrate(world: World, engine: Engine, new: Plan) -> int:
     """Bring the experts of the engine's model to where `new` has them. Every rank must call it, between two steps.
 
     Returns:

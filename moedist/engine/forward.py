@@ -36,6 +36,6 @@ def whole(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     if not hasattr(weight, "ds_id"):  # DeepSpeed marks what it has partitioned
         yield weight
         return
-    from deepspeed.zero import GatheredParameters
-    with GatheredParameters(weight):
+    import deepspeed
+    with deepspeed.zero.GatheredParameters(weight):
         yield weight

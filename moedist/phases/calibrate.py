@@ -64,7 +64,7 @@ def watch_experts(model: Transformer, world: World, source: Source, layers: Coll
     was_training = model.training
     model.eval()
     watchers = {i: _Watcher(moe, needs) for i, moe in model.moe_layers() if i in layers}
-    with primaries_only(model), watching({i: w for i, w in watchers.items()}, model):
+    with primaries_only(model), frozen(model), watching({i: w for i, w in watchers.items()}, model):
         for batch, targets in source.batches(model, world):
             loss, _ = forward_loss(model, batch, targets, world.device, source.dtype)
             loss.backward()
@@ -84,6 +84,19 @@ def watch_bytes(model: Transformer, layer: int, needs: Collection[str], itemsize
 def clear_gradients(model: Transformer) -> None:
     for p in (*model.parameters(), *(p for bank in model.banks.values() for p in bank.parameters())):
         p.grad = None
+
+
+@contextlib.contextmanager
+def frozen(model: Transformer) -> Iterator[None]:
+    """No gradients of dense parameters for a while: none is asked for, and an engine that reduces them sees none."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from moedist.data import EvalStream
-from moedist.model import Batch, Transformer, next_token_loss_sum
+from moedist.engine import forward_loss
+from moedist.model import Batch, Transformer
 from moedist.placement import equal_counts
 from moedist.world import World
 
@@ -46,13 +47,3 @@ def held_out_loss(model: Transformer, stream: EvalStream, world: World, dtype: t
     world.all_reduce_(sums)
     model.train(was_training)
     return HeldOut(sums[0].item() / max(sums[1].item(), 1), int(sums[1]))
-
-
-def forward_loss(model: Transformer, batch: Batch, targets_GS: torch.Tensor, device: torch.device, dtype: torch.dtype):
-    """(sum of next-token losses, layer reports) of a batch of CPU tensors, computed in `dtype` on `device`."""
-    batch = batch.to(device)
-    low = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(device.type, dtype=dtype, enabled=low):
-        hidden, reports = model(batch)
-    loss = next_token_loss_sum(hidden.flatten(0, 1).to(dtype), model.head_weight, targets_GS.flatten().to(device))
-    return loss, reports

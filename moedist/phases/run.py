@@ -13,7 +13,7 @@ from moedist.checkpoint import RunFolder, Saver
 from moedist.config import Config
 from moedist.coordinator import Coordinator, RankTimes, migrate, plan_again
 from moedist.data import EvalStream, TrainStream
-from moedist.engine import TorchEngine
+from moedist.engine import Engine
 from moedist.errors import CheckpointError
 from moedist.model import ExpertForm, Transformer
 from moedist.monitor import Recorder
@@ -55,7 +55,7 @@ class Run:
     plan: Plan
     coordinator: Coordinator
     model: Transformer
-    engine: TorchEngine
+    engine: Engine
     train_stream: TrainStream
     valid_stream: EvalStream
     recorder: Recorder
@@ -157,8 +157,8 @@ class Run:
             for i, of_layer in of_rank.items():
                 forms[i].update(of_layer)
         transport = next(iter(self.model.moe_layers()))[1].dispatcher.transport
-        plan = plan_again(self.config, self.world, transport, len(self.model.head_weight), self.coordinator, self.plan, forms,
-                          self.recorder.say)
+        plan = plan_again(self.config, self.world, transport, self.model.embedding.num_embeddings, self.coordinator, self.plan,
+                          forms, self.recorder.say)
         if plan.sha256 != self.plan.sha256:
             moved = migrate(self.world, self.engine, plan)
             self.plan = plan

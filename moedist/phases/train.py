@@ -14,7 +14,7 @@ from moedist.engine import learning_rate
 from moedist.errors import MoedistError
 from moedist.model import Batch, LayerReport
 from moedist.monitor import load_metrics
-from moedist.phases.evaluation import forward_loss, held_out_loss
+from moedist.phases.evaluation import held_out_loss
 from moedist.phases.run import Run
 from moedist.placement import split_batch
 from moedist.routing import mix_seeds
@@ -100,8 +100,7 @@ def train_step(run: Run) -> StepReport:
     for i in range(t.accumulate):
         inputs, targets = run.train_stream.batch(progress.sequences + i * part + offset, mine)
         keys = torch.arange(i * part + offset, i * part + offset + mine).unsqueeze(1) * sequence + torch.arange(sequence)
-        loss, reports = forward_loss(run.model, Batch(inputs, keys, mix_seeds(config.seed, progress.step)), targets,
-                                     world.device, run.dtype)
+        loss, reports = run.engine.forward(Batch(inputs, keys, mix_seeds(config.seed, progress.step)), targets, run.dtype)
         sums["loss"] = sums["loss"] + loss.detach()
         run.engine.backward((loss + _weighted_aux(run, reports, sums)) / tokens)
         for layer, report in reports.items():

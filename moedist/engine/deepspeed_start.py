@@ -1,0 +1,76 @@
+"""Bring up DeepSpeed inside moedist's world: on its process group, on its device, without its log lines."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moedist.errors import ConfigError
+from moedist.world import World
+
+
+class Groups:
+    """What DeepSpeed calls an mpu: all ranks are data-parallel ones for the dense parameters, in moedist's own group."""
+
+    def __init__(self, group: Any):
+        self._group = group
+        self._alone = [dist.new_group([r], backend="gloo") for r in range(dist.get_world_size())][dist.get_rank()]
+
+    def get_data_parallel_group(self) -> Any:
+        return self._group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(range(dist.get_world_size()))
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size()
+
+    def get_model_parallel_group(self) -> Any:
+        return self._alone
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+
+def start_deepspeed(root: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], world: World) -> Any:
+    """The engine of `deepspeed.initialize` around `root`.
+
+    Raises:
+        ConfigError: the ranks' devices have no collective library in common.
+    """
+    _refuse_mixed_devices(world)
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or it takes a GPU that this run was told to leave alone
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # MPI and Slurm do not set it, DeepSpeed insists on it
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        import deepspeed
+        if not dist.is_initialized():  # a world of one has no process group
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            engine, *_ = deepspeed.initialize(
+                args=SimpleNamespace(device_rank=world.device.index or 0), model=root, optimizer=optimizer, config=settings,
+                mpu=Groups(world.native or dist.group.WORLD), dist_init_required=False)
+        except Exception:
+            print(said.getvalue())
+            raise
+    return engine
+
+
+def _refuse_mixed_devices(world: World) -> None:
+    kinds = world.gather_objects(world.device.type)
+    if len(set(kinds)) > 1 or (world.size > 1 and world.device.type != "cpu" and world.native is None):
+        raise ConfigError(f"engine.name=deepspeed needs ranks of one vendor, each with a device of its own; the devices are "
+                          f"{', '.join(kinds)} in islands {list(world.islands)}; set engine.name=torch, which works on any mix")
