@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 
 from moedist.checkpoint import RunFolder
-from moedist.config import Config, check_config, for_ranks
+from moedist.config import check_config, for_ranks
 from moedist.errors import CheckpointError
 from moedist.huggingface.families import Family
 from moedist.huggingface.names import dense_pieces, expert_pieces, scatter

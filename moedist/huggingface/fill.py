@@ -53,8 +53,8 @@ class Table:
         extra = sorted(self.source.files.keys() - wanted.keys() - ({"lm_head.weight"} if self.config.model.tie_embeddings
                                                                    else set()))
         if extra:
-            raise ConfigError(f"{self.source.path} has {len(extra)} tensors that a {self.family.model_type} has no place for "
-                              f"here, such as {extra[0]!r}; supported are models without biases and adapters")
+            raise ConfigError(f"{self.source.path} has {len(extra)} tensors that {self.family.model_type} models have no place "
+                              f"for here, such as {extra[0]!r}; supported are models without biases and adapters")
 
 
 def fill(table: Table, tensors: Mapping[str, torch.Tensor], seed: int) -> None:
@@ -74,7 +74,7 @@ def fill(table: Table, tensors: Mapping[str, torch.Tensor], seed: int) -> None:
                 for rows, part in gather(pieces[name], table.source.read):
                     tensor[rows].copy_(part)
             elif not (table.upcycle and name.endswith("router.weight")):
-                raise ConfigError(f"nothing in a {table.family.model_type} stands for {name}; leave router.* and model.* as "
-                                  "they are imported")
+                raise ConfigError(f"nothing in {table.family.model_type} models stands for {name}; leave router.* and model.* "
+                                  "as they are imported")
             if table.upcycle is not None:
                 table.upcycle.finish(name, tensor, seed)

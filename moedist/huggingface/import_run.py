@@ -75,9 +75,9 @@ def plan_import(source: Source, name: str, folder: str, overrides: Sequence[str]
     where, family = source.config_file, family_of(source.config, source.config_file)
     recipe = None if upcycle is None else Upcycle.parse(upcycle)
     if (recipe is None) != family.sparse:
-        raise ConfigError(f"{where}: a {family.model_type} has experts already; leave --upcycle out, or give a dense model "
-                          f"({', '.join(DENSE)})" if family.sparse else
-                          f"{where}: a {family.model_type} is a dense model; give --upcycle experts=8,top_k=2 to make it a "
+        raise ConfigError(f"{where}: {family.model_type} models have experts already; leave --upcycle out, or give a dense "
+                          f"model ({', '.join(DENSE)})" if family.sparse else
+                          f"{where}: {family.model_type} models are dense; give --upcycle experts=8,top_k=2 to make it a "
                           "mixture of experts")
     tree, notices = read_config(source.config, family, where)
     if recipe is not None:

@@ -51,7 +51,7 @@ def changed(folder, target, **keys):
     ("olmoe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5.*only 1"),
     ("olmoe", {"hidden_size": None}, "has no hidden_size; it is not a whole configuration of olmoe"),
     ("olmoe", {"num_hidden_layers": 4}, "no tensor 'model.layers.3.*is the folder whole"),
-    ("olmoe", {"num_hidden_layers": 2}, "tensors that a olmoe has no place for here, such as 'model.layers.2"),
+    ("olmoe", {"num_hidden_layers": 2}, "tensors that olmoe models have no place for here, such as 'model.layers.2"),
     ("olmoe", {"intermediate_size": 10}, r"of shape \\(12, 24\\), its config.json makes it \\(10, 24\\)"),
     ("olmoe", {"vocab_size": 200}, "tokenizer.json has .* tokens, .* has vocab_size 200"),
 ])
@@ -94,9 +94,9 @@ def test_overrides_that_would_make_another_model(folders, override, words):
 
 
 def test_dense_and_sparse_are_not_mixed_up(folders):
-    with pytest.raises(ConfigError, match="a llama is a dense model; give --upcycle experts=8,top_k=2"):
+    with pytest.raises(ConfigError, match="llama models are dense; give --upcycle experts=8,top_k=2"):
         check(folders["llama"])
-    with pytest.raises(ConfigError, match="a olmoe has experts already; leave --upcycle out"):
+    with pytest.raises(ConfigError, match="olmoe models have experts already; leave --upcycle out"):
         check(folders["olmoe"], upcycle="experts=4")
     with pytest.raises(ConfigError, match="intermediate_size is 24, which cannot be cut into granularity=5"):
         check(folders["llama"], upcycle="granularity=5")
