@@ -53,8 +53,8 @@ class Table:
         extra = sorted(self.source.files.keys() - wanted.keys() - ({"lm_head.weight"} if self.config.model.tie_embeddings
                                                                    else set()))
         if extra:
-            raise ConfigError(f"{self.source.path} has {len(extra)} tensors that {self.family.model_type} models have no place "
-                              f"for here, such as {extra[0]!r}; supported are models without biases and adapters")
+            raise ConfigError(f"{self.source.path} has {len(extra)} tensors that {self.family.model_type} models have no place"
+                              f" for here, such as {extra[0]!r}; supported are models without biases and adapters")
 
 
 def fill(table: Table, tensors: Mapping[str, torch.Tensor], seed: int) -> None:
