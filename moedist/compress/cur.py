@@ -15,7 +15,9 @@ import torch
 from moedist.compress.calibration import Calibration
 from moedist.compress.expert import Expert
 from moedist.compress.matrices import Dense
-from moedist.compress.method import Compressed, Curve, Keep, Method, kept_units
+from moedist.compress.method import Compressed, Curve, Keep, Method, kept_units, one_of
+from moedist.compress.select import weighted_greedy
+from moedist.compress.weighting import Weighting, weighting
 from moedist.errors import CompressError
 
 DEFAULT_RIDGE = 1e-3
@@ -148,7 +150,7 @@ class JointMethod(Method):
 
     @abstractmethod
     def rank(self, expert: Expert, calibration: Calibration) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [F] neurons, best first, and the float64 [F] worth of each in that order, descending."""
+        """int64 [F] neurons, best first, and the float64 [F] worth of each in that order."""
 
     def gains(self, expert: Expert, calibration: Calibration, decided: Keep) -> list[Curve]:
         self.check(expert, calibration)
@@ -170,24 +172,61 @@ class JointMethod(Method):
         return Compressed(expert.hidden, neurons.int(), {part: Dense(matrix) for part, matrix in parts.items()})
 
 
+SELECTIONS = ("greedy", "fisher")
+NORM_RIDGE = 1e-6  # relative, of the weights of the norm that gains are measured in
+
+
 @dataclass(frozen=True)
 class Cur(JointMethod):
-    """The default: neurons by Fisher score, sum over tokens of (h_j dL/dh_j)^2, with the least-squares down projection.
+    """The default: the neurons that the loss misses most, with the least-squares down projection.
 
-    The score is twice the Fisher estimate of the rise in loss without neuron j (Theis et al. 2018, arXiv 1801.05787;
-    with one token a sample, the gate score of Molchanov et al. 2019, arXiv 1906.10771, eq. 8), comparable over experts
-    and layers, so one ranking serves all. An expert whose score is zero throughout (no tokens) is worth nothing against
-    others and is ranked by magnitude within.
+    What a neuron is worth is what it adds to those kept before it: by how much the error of the expert's output falls, in
+    the norm of output gradients (`moedist.compress.weighting`, "both") and after the least-squares step. That is an
+    estimate of loss, comparable over experts and layers, so one ranking serves all. Fisher scores added up are not: they
+    count what other neurons could stand in for, which differs between layers (at 70 % of a small model the perplexity was
+    1.31 times the uncompressed with their sums, 1.06 with the same neurons worth what they add).
+
+    Attributes:
+        selection: the order. "greedy": always the neuron that adds most (`moedist.compress.select.weighted_greedy`,
+            O(F^2 (F + D)) an expert). "fisher": by the score sum over tokens of (h_j dL/dh_j)^2, twice the Fisher estimate
+            of the rise in loss without neuron j (Theis et al. 2018, arXiv 1801.05787; with one token a sample, the gate
+            score of Molchanov et al. 2019, arXiv 1906.10771, eq. 8).
+
+    Without `least_squares` the order is by Fisher score, which is then also what a neuron is worth. An expert that has seen
+    no tokens is worth nothing against others and is ranked by magnitude within.
     """
+
+    selection: str = "greedy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("selection", self.selection, SELECTIONS)
 
     @property
     def needs(self) -> frozenset[str]:
-        return super().needs | {"fisher"}
+        return super().needs | {"fisher"} | ({"output_grad_moment"} if self.least_squares else set())
 
     def rank(self, expert: Expert, calibration: Calibration) -> tuple[torch.Tensor, torch.Tensor]:
         fisher = calibration.fisher.double()
-        order = (fisher if fisher.any() else magnitude(expert)).sort(descending=True, stable=True).indices
-        return order, fisher[order]
+        if not fisher.any():
+            return magnitude(expert).sort(descending=True, stable=True).indices, fisher
+        by_fisher = fisher.sort(descending=True, stable=True).indices
+        if not self.least_squares:
+            return by_fisher, fisher[by_fisher]
+        norm = weighting("down", calibration, "both", NORM_RIDGE)
+        order = by_fisher
+        if self.selection == "greedy":
+            order = weighted_greedy(norm.apply_left(torch.eye(expert.hidden, dtype=torch.float64, device=fisher.device)),
+                                    norm.apply_right(expert.down.double()), expert.hidden)
+        return order, added(expert.down, order, norm)
+
+
+def added(down: torch.Tensor, order: torch.Tensor, norm: Weighting) -> torch.Tensor:
+    """float64 [F]: by how much each further neuron of `order` lowers the squared error of the expert's output in the norm,
+    the kept ones at their least-squares best. They sum to the squared norm of the output."""
+    hidden = norm.apply_left(torch.eye(len(down), dtype=torch.float64, device=down.device))[:, order]
+    directions = torch.linalg.qr(hidden).Q
+    return norm.scale * (directions.t() @ norm.apply(down.double())).square().sum(1)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Curve:
 
     Attributes:
         part: "neurons", or "gate", "up", "down".
-        gain: float64 [U] on the CPU, descending: the worth of unit u in the method's own order. The scale is the same
+        gain: float64 [U] on the CPU: the worth of unit u in the method's own order. The scale is the same
             for all experts and layers of one method.
         numbers: numbers stored with n units, for n = 0..U, never falling; the last is the part uncompressed.
         indices: entries of index vectors stored with n units, for n = 0..U.
