@@ -85,15 +85,16 @@ def _loads_of_run(run: str, sizes: Sizes) -> Loads:
     checkpoint = RunFolder(run).newest()
     loads = {int(i): load for i, load in read_meta(checkpoint).get("coordinator", {}).get("loads", {}).items()}
     if set(loads) != set(sizes.moe_layers):
-        raise CheckpointError(f"{checkpoint} holds the loads of layers {sorted(loads)}, the configuration has experts in layers "
-                              f"{list(sizes.moe_layers)}; a run whose ranks were measured and whose model is this one has them")
+        raise CheckpointError(f"{checkpoint} holds the loads of layers {sorted(loads)}, the configuration has experts in "
+                              f"layers {list(sizes.moe_layers)}; give the run's own configuration")
     return loads
 
 
 def answer(config: Config, sizes: Sizes, facts: tuple[RankFacts, ...], loads: Loads) -> Answer:
     """Plan for these ranks and predict."""
-    cluster = Cluster(facts, Speeds(tuple(f.expert_call_s for f in facts), tuple(f.expert_rows_per_s for f in facts)).snapped(),
-                      Speeds(tuple(f.dense_call_s for f in facts), tuple(f.dense_tokens_per_s for f in facts)).snapped())
+    expert = Speeds(tuple(f.expert_call_s for f in facts), tuple(f.expert_rows_per_s for f in facts))
+    dense = Speeds(tuple(f.dense_call_s for f in facts), tuple(f.dense_tokens_per_s for f in facts))
+    cluster = Cluster(facts, expert.snapped(), dense.snapped())
     plan = first_plan(cluster, loads, sizes, config.placement).plan
     return Answer(cluster, plan, predict(cluster, plan, loads, sizes), loads, sizes)
 
@@ -116,16 +117,17 @@ def _report(config: Config, sizes: Sizes, facts: tuple[RankFacts, ...], kinds: l
              f"{equal.total_s / planned.total_s:.2f}x as fast as equal placement, {planned.total_s / bound:.3f} of the bound"]
     enough = len(facts) - 1  # copies that reach the bound where memory allows (McNaughton 1959)
     if planned.expert_s > FAR * expert and config.placement.max_copies < enough:
-        lines.append(f"experts take {planned.expert_s / expert:.2f} times their bound, and each is on one rank alone unless copies "
-                     f"are allowed: try placement.max_copies={enough} (now {config.placement.max_copies})")
+        lines.append(f"experts take {planned.expert_s / expert:.2f} times their bound, and each is on one rank alone unless "
+                     f"copies are allowed: try placement.max_copies={enough} (now {config.placement.max_copies})")
     more = {}
     for kind in kinds:
         bigger = answer(config, sizes, with_one_more_node(facts, kind), loads).planned
         more[kind.name] = bigger.total_s
         lines.append(f"one more node of {kind.name} ({kind.ranks_per_node} rank{'s' * (kind.ranks_per_node > 1)}): "
                      f"{1e3 * bigger.total_s:.2f} ms a step, {planned.total_s / bigger.total_s:.3f}x as fast")
-    figures = {"plan": json.loads(found.plan.to_json()), "step_ms": 1e3 * planned.total_s, "equal_step_ms": 1e3 * equal.total_s,
-               "bound_ms": 1e3 * bound, "one_more_node_step_ms": {name: 1e3 * s for name, s in more.items()}}
+    figures = {"plan": json.loads(found.plan.to_json()), "step_ms": 1e3 * planned.total_s,
+               "equal_step_ms": 1e3 * equal.total_s, "bound_ms": 1e3 * bound,
+               "one_more_node_step_ms": {name: 1e3 * s for name, s in more.items()}}
     return "\n".join(lines), figures
 
 

@@ -35,8 +35,8 @@ def show_probe(config_path: str, overrides: Sequence[str], yaml_path: str | None
         if world.is_main:
             found = cluster_yaml(kinds_of(facts), f"measured by: moedist probe {' '.join([config_path, *overrides])}")
             say(f"{world.size} rank{'s' * (world.size > 1)} by {world.launcher}, measured in "
-                f"{time.perf_counter() - start:.1f} s: the experts of a layer take call + rows / speed, all else call + tokens / "
-                f"speed, forward and backward in {config.train.dtype}")
+                f"{time.perf_counter() - start:.1f} s: the experts of a layer take call + rows / speed, all else call + "
+                f"tokens / speed, forward and backward in {config.train.dtype}")
             say(f"\n{describe(facts)}\n\n{describe_calls(facts)}\n")
             say(f"for a cluster file (moedist plan {config_path} --cluster FILE):\n\n{found.rstrip()}")
             for path, text in ((yaml_path, found), (json_path, facts_to_json(facts))):

@@ -15,7 +15,7 @@ from typing import Iterator, Mapping
 import torch
 
 LEAST_SLEEP_S = 2e-4  # a shorter sleep costs more than it lasts; what is owed is carried on
-MOST_CREDIT_S = 0.1  # of time lost to others that later stretches make up for: no more, or a rank held up long would not be slow
+MOST_CREDIT_S = 0.1  # of time lost to others that later stretches make up for; more, and a rank held up long were not slow
 
 
 @dataclass(frozen=True)

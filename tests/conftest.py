@@ -14,6 +14,15 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture
+def one_thread():
+    """Two threads that meet after every small operation take ten times as long as one on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked `gpu` need an accelerator; elsewhere they are skipped, and say so."""
     if not torch.accelerator.is_available():

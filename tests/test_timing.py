@@ -25,7 +25,7 @@ def test_waiting_is_not_compute_and_experts_are_timed_apart():
             time.sleep(0.1)
     times = meter.take()
     total = time.perf_counter() - start
-    assert times.expert_s.keys() == {3} and times.expert_s[3] == pytest.approx(expert_s, abs=5e-3)  # wall time, whatever it was
+    assert times.expert_s == {3: pytest.approx(expert_s, abs=5e-3)}  # wall time, whatever it was
     assert times.dense_s < total - expert_s - 0.19 and times.dense_s > 0.019
     meter.begin(1)
     assert meter.take().expert_s == {}

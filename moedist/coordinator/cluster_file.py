@@ -59,7 +59,8 @@ def read_cluster(path: str | Path) -> list[Kind]:
             raise ConfigError(f"{path}: kinds[{i}] ({kind.name or 'no name'}) has {', '.join(lacking)}; each must be above 0 "
                               "(moedist probe measures speeds)")
         if negative := [f"{name}={value:g}" for name, value in vars(kind).items() if isinstance(value, float) and value < 0]:
-            raise ConfigError(f"{path}: kinds[{i}] ({kind.name or 'no name'}) has {', '.join(negative)}; nothing can be below 0")
+            raise ConfigError(f"{path}: kinds[{i}] ({kind.name or 'no name'}) has {', '.join(negative)}; nothing can be below "
+                              "0")
     names = Counter(kind.name for kind in kinds)
     if twice := [name or "no name" for name, n in names.items() if n > 1]:
         raise ConfigError(f"{path}: several kinds are called {', '.join(twice)}; give each a name of its own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Mapping, Sequence
 
@@ -48,7 +49,8 @@ class Proposal:
         return not self.reason
 
 
-def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes, config: PlacementConfig) -> dict[int, Problem]:
+def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes,
+             config: PlacementConfig) -> dict[int, Problem]:
     """The problem of every MoE layer.
 
     Args:
@@ -84,7 +86,8 @@ def batch_counts(cluster: Cluster, layers: Sequence[LayerPlan], sizes: Sizes, co
     return plan_batch(sizes.part, speeds, caps)
 
 
-def first_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]] | None, sizes: Sizes, config: PlacementConfig) -> Proposal:
+def first_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]] | None, sizes: Sizes,
+               config: PlacementConfig) -> Proposal:
     """A plan from nothing; without loads every expert is taken to get the same."""
     loads = loads or {layer: [sizes.rows / sizes.experts] * sizes.experts for layer in sizes.moe_layers}
     found = problems(cluster, loads, sizes, config)
@@ -132,13 +135,12 @@ def _dense_s(cluster: Cluster, counts: Sequence[int], sizes: Sizes) -> list[floa
 
 
 def _why_experts(cluster: Cluster, old: Plan) -> str:
-    """Ranks whose speed is no longer what the old plan was made for; else the loads are the reason."""
-    changes = []
-    for fact, now, then in zip(cluster.facts, cluster.expert.per_s, old.speeds):
-        if then and not 0.8 < now / then < 1.25:
-            changes.append(f"{_name(fact)} does {now:,.0f} expert rows/s, {now / then:.2f} of the {then:,.0f} the last plan "
-                           "was made for")
-    return ", ".join(changes) or "the experts' loads have changed"
+    """Ranks whose speed is no longer what the old plan was made for, the most changed first; else the loads are the reason."""
+    changed = [(now / then, fact, now, then) for fact, now, then in zip(cluster.facts, cluster.expert.per_s, old.speeds)
+               if then and now and not 0.8 < now / then < 1.25]
+    changed.sort(key=lambda change: -abs(math.log(change[0])))
+    return ", ".join(f"{_name(fact)} does {now:,.0f} expert rows/s, {ratio:.2f} of the {then:,.0f} the last plan was made for"
+                     for ratio, fact, now, then in changed) or "the experts' loads have changed"
 
 
 def _why_batch(cluster: Cluster, old: Sequence[int], new: Sequence[int], sizes: Sizes) -> str:

@@ -142,13 +142,15 @@ def _prepare(work: Work, ranks: int, allowed_s: float, free_bytes: int) -> _Seri
     A slow rank ends up with less, as it does when work is planned.
     """
     top = min(2.0, ranks)  # a fast rank gets more than its equal share, if there are others
-    scales = [top / 4, top / 2, top]
-    least = work.sample(sample_sizes(work.share * LEAST_SCALE, scales, work.unit)[0])
-    least.seconds()  # warms up
-    seconds = min(least.seconds() for _ in range(2))
+    scales = [top / 8, top / 2, top]  # far apart, to tell call from speed
+    tried = [work.sample(n) for n in sample_sizes(work.share * LEAST_SCALE, [scales[0], 4 * scales[0]], work.unit)]
+    for sample in tried:
+        sample.seconds()  # warms up
+    line = fit_line([s.amount for s in tried], [min(s.seconds() for _ in range(2)) for s in tried])
     fits = MEMORY_PART * free_bytes / (work.unit_bytes * work.share * top)
-    in_time = allowed_s * least.amount / (seconds * work.share * sum(scales))
-    scale = min(1.0, fits, max(LEAST_SCALE, in_time))
+    in_time = (allowed_s - len(scales) * line.call_s) * line.per_s / (work.share * sum(scales))
+    seen = line.call_s * line.per_s / (work.share * top)  # with less, all would be call, and nothing be learnt of the speed
+    scale = min(1.0, fits, max(LEAST_SCALE, in_time, seen))
     return _Series([work.sample(n) for n in sample_sizes(work.share * scale, scales, work.unit)])
 
 

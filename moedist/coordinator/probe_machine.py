@@ -78,7 +78,8 @@ def _limits(proc: Path, cgroups: Path) -> list[Memory]:
         if controllers == "":
             root, limit, usage, cache = cgroups, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            root, limit, usage, cache = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            root, limit, usage, cache = (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+                                         "total_inactive_file")
         else:
             continue
         group = root / path.lstrip("/")

@@ -36,11 +36,13 @@ def written_plan(config: Config, world_size: int, meta: dict[str, Any] | None) -
         if meta is None or meta["world_size"] == world_size:
             raise
         return equal_plan(config, world_size) if world_size == 1 else None, (
-            f"resuming a run of {meta['world_size']} ranks on {world_size}: experts and batch are placed anew, because {error}")
+            f"resuming a run of {meta['world_size']} ranks on {world_size}: experts and batch are placed anew, because "
+            f"{error}")
 
 
 def start_plan(config: Config, world: World, transport: Transport, vocab: int, written: Plan | None,
-               meta: dict[str, Any] | None, say: Callable[[str], None], forms: Forms | None = None) -> tuple[Plan, Coordinator]:
+               meta: dict[str, Any] | None, say: Callable[[str], None],
+               forms: Forms | None = None) -> tuple[Plan, Coordinator]:
     """The plan to start with, measured where none is written, and the coordinator that goes on from it.
 
     Args:

@@ -13,7 +13,8 @@ from moedist.placement import Plan, split_batch
 from tests.coordinator.ranks_of import facts_of
 
 CONFIG = config_from_dict({"data": {"sequence_length": 16}, "train": {"batch": 16},
-                           "model": {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "experts": 8, "top_k": 2, "expert_hidden": 64}})
+                           "model": {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "experts": 8, "top_k": 2,
+                                     "expert_hidden": 64}})
 SIZES = Sizes.of(CONFIG, 300)
 ROWS = 16 * 16 * 2  # of a layer in a step
 EVEN = {i: [ROWS / 8] * 8 for i in (0, 1)}
@@ -74,7 +75,8 @@ def test_memory_caps_are_kept():
     found = first_plan(with_memory(cluster([900, 100]), [memory_for(3), 2**40]), EVEN, SIZES, PLACEMENT).plan
     assert held(found) == [3, 5]
     assert held(first_plan(cluster([900, 100]), EVEN, SIZES, PlacementConfig(max_experts=[2, 8])).plan) == [2, 6]
-    assert split_batch(16, first_plan(cluster([900, 100]), EVEN, SIZES, PlacementConfig(max_batch=[5, 20])).plan.batch_shares) == [5, 11]
+    capped = first_plan(cluster([900, 100]), EVEN, SIZES, PlacementConfig(max_batch=[5, 20])).plan
+    assert split_batch(16, capped.batch_shares) == [5, 11]
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers():
@@ -101,7 +103,8 @@ def test_a_slower_rank_loses_experts_and_batch_and_is_named():
     assert split_batch(16, found.plan.batch_shares) == [13, 3]
     assert found.old_expert_s == pytest.approx(2 * 256 / 25) and found.expert_s == pytest.approx(2 * 448 / 100)
     assert "experts move: rank 1 (here, cpu) does 25 expert rows/s, 0.25 of the 100 the last plan was made for" in found.reason
-    assert "batch moves: rank 1 (here, cpu) took longest outside experts, 5120 ms with 8 sequences, and now has 3" in found.reason
+    assert found.reason.endswith("; batch moves: rank 1 (here, cpu) took longest outside experts, 5120 ms with 8 sequences, "
+                                 "and now has 3")
 
 
 def test_the_batch_moves_alone_where_only_dense_speed_changed():

@@ -19,6 +19,7 @@ TREE = {"data": {"tokenizer": "byte", "sequence_length": 64}, "train": {"batch":
         "placement": {"probe_s": 2.0}}
 # both are slowed, so that neither notices much of what else the machine does: what is slept may be waited for a core too
 SLOWDOWN = (6.0, 24.0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRIES = 3  # one may fall into a moment when the machine is too busy even for that
 
 
@@ -40,8 +41,9 @@ def probed(world: World, overrides: list[str], slowdown: tuple[float, ...] | Non
     return facts, said, same and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("more", [[], ["model.activation=gelu", "model.moe_every=2", "model.shared_experts=1", "train.accumulate=2",
-                                       "model.recompute=true", "train.dtype=float64", "router.name=shared_expert"]])
+@pytest.mark.parametrize("more", [[], ["model.activation=gelu", "model.moe_every=2", "model.shared_experts=1",
+                                       "train.accumulate=2", "model.recompute=true", "train.dtype=float64",
+                                       "router.name=shared_expert"]])
 def test_a_rank_slowed_four_times_is_measured_four_times_slower(more):
     for left in reversed(range(TRIES)):
         (facts, _, same), (other, _, same_there) = run_ranks(2, probed, more, SLOWDOWN)

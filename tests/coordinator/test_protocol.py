@@ -30,7 +30,8 @@ def try_agree(world, case):
     if case == "garbled" and world.rank == 1:  # this rank reads another text than the others
         read = world.broadcast_object
         world.broadcast_object = lambda value: {**read(value), "sha256": "0" * 64}
-    solve = {"fails": fail, "crashes": crash, "wrong size": lambda: Plan(2, PLAN.layers[:0], (1.0, 1.0))}.get(case, lambda: PLAN)
+    solve = {"fails": fail, "crashes": crash,
+             "wrong size": lambda: Plan(2, PLAN.layers[:0], (1.0, 1.0))}.get(case, lambda: PLAN)
     try:
         plan, why = agree(world, solve, broken_check if case == "check fails" and world.rank == 1 else check)
     finally:

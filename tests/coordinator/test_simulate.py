@@ -22,7 +22,8 @@ SIZES = dataclasses.replace(Sizes.of(config_from_dict({
 LOADS = {0: [40.0, 20.0, 10.0, 10.0], 1: [20.0] * 4}
 
 
-def cluster(expert: list[tuple[float, float]], dense: list[tuple[float, float]], link: float = 0.0, latency: float = 0.0) -> Cluster:
+def cluster(expert: list[tuple[float, float]], dense: list[tuple[float, float]], link: float = 0.0,
+            latency: float = 0.0) -> Cluster:
     """(call seconds, amount per second) of every rank."""
     facts = [dataclasses.replace(f, alltoall_bytes_per_s=link, alltoall_latency_s=latency)
              for f in ranks_of.facts_of([s for _, s in expert])]
@@ -36,7 +37,8 @@ def plan(owners: list[tuple[int, ...]], batch: list[float]) -> Plan:
 
 def test_a_step_by_hand():
     """Two forward passes of 4 sequences of 10 tokens; rank 0 has experts 0 and 1 and three sequences of four."""
-    found = predict(cluster([(0.1, 100.0), (0.0, 10.0)], [(1.0, 20.0), (0.5, 10.0)]), plan([(0,), (0,), (1,), (1,)], [3, 1]), LOADS, SIZES)
+    here = cluster([(0.1, 100.0), (0.0, 10.0)], [(1.0, 20.0), (0.5, 10.0)])
+    found = predict(here, plan([(0,), (0,), (1,), (1,)], [3, 1]), LOADS, SIZES)
     # experts, layer 0: rank 0 2 * 0.1 + 60/100, rank 1 20/10; layer 1: rank 0 0.2 + 40/100, rank 1 40/10
     assert found.rank_expert_s == pytest.approx((0.8 + 0.6, 2.0 + 4.0)) and found.expert_s == pytest.approx(2.0 + 4.0)
     # dense: rank 0 2 * 1.0 + 60/20, rank 1 2 * 0.5 + 20/10
@@ -45,7 +47,8 @@ def test_a_step_by_hand():
 
 
 def test_links_by_hand():
-    found = predict(cluster([(0, 100.0)] * 2, [(0, 10.0)] * 2, 1000.0, 0.01), plan([(0,), (0,), (1,), (1,)], [3, 1]), LOADS, SIZES)
+    here = cluster([(0, 100.0)] * 2, [(0, 10.0)] * 2, 1000.0, 0.01)
+    found = predict(here, plan([(0,), (0,), (1,), (1,)], [3, 1]), LOADS, SIZES)
     # layer 0: rank 0 has 3/4 of the batch and 60/80 of the rows: 80 * 3/4 * 1/4 = 15 rows go, and 15 come
     # layer 1: half of the rows; it sends 80 * 3/4 * 1/2 = 30
     assert found.exchange_s == pytest.approx(4 * (2 * 0.01 * 2 + (15 + 30) * 16 / 1000))
@@ -94,7 +97,8 @@ def test_a_planned_step_is_faster_than_an_equal_one_and_one_more_node_faster_sti
         return predict(here, plan, loads, sizes)
 
     planned, equal = step(facts), step(facts, equal_plan_of(4, sizes))
-    assert planned.dense_s + planned.expert_s == pytest.approx(0.4 * (equal.dense_s + equal.expert_s), rel=0.05)  # 4 * 1 / (4 + 4 + 1 + 1)
+    # four ranks at the speed of the slowest, over 4 + 4 + 1 + 1
+    assert planned.dense_s + planned.expert_s == pytest.approx(0.4 * (equal.dense_s + equal.expert_s), rel=0.05)
     assert planned.total_s < equal.total_s
     for kind in kinds:
         bigger = step(with_one_more_node(facts, kind))

@@ -10,7 +10,8 @@ from moedist.model import Transformer
 from moedist.placement import plan_from_config
 
 TREE = {"data": {"sequence_length": 16}, "train": {"batch": 12, "accumulate": 3},
-        "model": {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "experts": 6, "top_k": 2, "expert_hidden": 24, "ffn_hidden": 40}}
+        "model": {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "experts": 6, "top_k": 2, "expert_hidden": 24,
+                  "ffn_hidden": 40}}
 VOCAB = 101
 
 
@@ -21,6 +22,8 @@ VOCAB = 101
     ["model.moe_every=0"],
     ["train.dtype=float64", "router.name=shared_expert", "model.shared_experts=1"],
     ["train.dtype=bfloat16", "router.name=stochastic_topk"],
+    ["model.head_width=12", "model.qk_norm=head", "model.dense_blocks=[0]", "model.vocab=128"],
+    ["model.qk_norm=all", "model.dense_blocks=[1,2]", "model.vocab=128", "model.tie_embeddings=false"],
     ["router.name=soft_moe"], ["router.name=hash"], ["router.name=expert_choice"],
 ])
 def test_weights_equal_those_of_the_real_model(overrides):

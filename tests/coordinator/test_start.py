@@ -64,7 +64,8 @@ def everywhere(results):
 
 
 def test_given_speeds_make_a_plan_without_measuring():
-    plan, state, speeds, said = everywhere(run_ranks(2, started, ["placement.speeds=[3,1]", "placement.dense_speeds=[1,2]"], None))
+    given = ["placement.speeds=[3,1]", "placement.dense_speeds=[1,2]"]
+    plan, state, speeds, said = everywhere(run_ranks(2, started, given, None))
     assert counts(plan) == [6, 2] and split_batch(12, plan.batch_shares) == [4, 8] and speeds == [3, 1]
     assert state == {"loads": {}} and "given" in said[0]
 
@@ -97,8 +98,10 @@ def test_resumed_on_other_ranks_the_loads_are_known_and_all_is_planned_from_them
 
 @pytest.mark.parametrize("old", [False, True])
 def test_without_agreement_the_plan_is_the_old_or_an_equal_one_and_people_are_told(old):
-    meta = {"world_size": 2, "plan": written_plan(config_of(["placement.counts=[7,1]"]), 2, None)[0].to_json()} if old else None
+    before = written_plan(config_of(["placement.counts=[7,1]"]), 2, None)[0]
+    meta = {"world_size": 2, "plan": before.to_json()} if old else None
     plan, _, _, said = everywhere(run_ranks(2, started, ["placement.speeds=[1,1]", "placement.max_experts=[3,3]"], meta))
     assert counts(plan) == ([7, 1] if old else [4, 4])
-    assert said[-1].startswith(f"warning: {'the plan stays that of the checkpoint' if old else 'experts and batch are placed equally'}")
+    instead = "the plan stays that of the checkpoint" if old else "experts and batch are placed equally"
+    assert said[-1].startswith(f"warning: {instead}")
     assert "8 experts a layer do not fit" in said[-1]
