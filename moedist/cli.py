@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Callable, Sequence
+import traceback
+from typing import Callable, NoReturn, Sequence
 
 from moedist.errors import ConfigError, MoedistError, WorldError
+from moedist.faults import current_watch, is_lost_rank
 
 EXAMPLES = {
     "train": """examples:
@@ -219,21 +221,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.handler(args)
         if (world := sys.modules.get("moedist.world")) and world.find_launch().size > 1:
             world.leave_process()
-    except MoedistError as error:
-        if args.debug:
-            raise
-        _fail(str(error), same_on_all_ranks=not isinstance(error, WorldError))
     except KeyboardInterrupt:
         _fail("interrupted")
-    except RuntimeError as error:
-        lost = _lost_rank(error)
-        if args.debug or lost is None:
-            raise
-        _fail(lost)
-    except ImportError as error:
-        if args.debug:
-            raise
-        _fail(f"{error}; install what is missing, for example: pip install 'moedist[bench]'")
+    except Exception as error:
+        _end_by(error, args.debug)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -373,13 +364,27 @@ def _say(text: str) -> None:
         print(text)
 
 
-def _lost_rank(error: RuntimeError) -> str | None:
-    """One line for a collective that failed because another rank is gone; None for any other error."""
-    text = str(error)
-    if "Connection closed by peer" in text or "Connection reset by peer" in text or "Timed out waiting" in text:
-        return (f"lost another rank ({' '.join(text.split())[:160]}); the launcher names the one that died; go on from the "
-                "last checkpoint with --resume")
-    return None
+def _end_by(error: Exception, debug: bool) -> NoReturn:
+    """End by an error: one line where it is the user's to mend, with the stack trace where it is not or `debug` is set.
+
+    Of several ranks one speaks, and all end.
+    """
+    mendable = isinstance(error, (MoedistError, ImportError))
+    text = str(error) if isinstance(error, MoedistError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, ImportError):
+        text = f"{error}; install what is missing, for example: pip install 'moedist[bench]'"
+    watch = current_watch()
+    if watch is None:  # one process, or ranks that have not met
+        if debug or not mendable:
+            raise error
+        _fail(text, same_on_all_ranks=not isinstance(error, WorldError))
+    words = watch.last_words(error, " ".join(text.split()))
+    if words is not None:
+        if debug or not (mendable or is_lost_rank(error)):
+            traceback.print_exception(error)
+        print(f"moedist: error: {words}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)  # the others wait for nothing of this process, and its clean-up may wait for them
 
 
 def _fail(text: str, same_on_all_ranks: bool = False) -> None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from moedist.config import WorldConfig
 from moedist.errors import WorldError
+from moedist.faults import Peer, start_watch, stop_watch
 from moedist.timing import Meter, Throttle
 
 NATIVE_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
@@ -165,14 +166,16 @@ class World:
             raise WorldError(f"rank {self.rank} of {self.size} could not reach the others at {where} within {timeout_s:g} "
                              f"s ({str(error).splitlines()[0]}); check MASTER_ADDR and the network") from error
         self.control = dist.group.WORLD
-        vendors = self.gather_objects((vendor_of(self.device), self.device.type, platform.node(), self.device.index))
+        here = Peer.here()
+        vendors = self.gather_objects((vendor_of(self.device), self.device.type, here.host, self.device.index, here.pid))
         names = list(dict.fromkeys(v[0] for v in vendors))
         self.islands = tuple(names.index(v[0]) for v in vendors)
         one_vendor = len({v[:2] for v in vendors}) == 1
-        own_device_each = len(set(v[2:] for v in vendors)) == self.size  # NCCL refuses two ranks on one GPU
+        own_device_each = len(set(v[2:4] for v in vendors)) == self.size  # NCCL refuses two ranks on one GPU
         backend = NATIVE_BACKENDS.get(self.device.type)
         if one_vendor and own_device_each and backend and dist.is_backend_available(backend):
             self.native = dist.new_group(backend=backend, timeout=timeout)
+        start_watch(self.rank, [Peer(v[2], v[4]) for v in vendors])
 
     @property
     def is_main(self) -> bool:
@@ -186,9 +189,12 @@ class World:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        self.close()
+        # a rank that fails keeps its connections until it has said why: the others must not take it for dead before
+        if self.size == 1 or kind is None or not issubclass(kind, Exception):
+            self.close()
 
     def close(self) -> None:
+        stop_watch()
         if self.control is not None and dist.is_initialized():
             dist.destroy_process_group()
         self.control = self.native = None

@@ -1,0 +1,188 @@
+"""When a rank fails, all end within seconds, and one line says which rank it was, on which host, and why.
+
+A rank that fails by an error writes it into the job's key-value store before it goes. Every rank has a thread that looks
+there once a second: where the main thread waits for a rank that is gone and nobody tells it (NCCL does not), it ends the
+process. A rank that is killed writes nothing. The others are told by their sockets, and call the roll: who neither answers
+nor, on the same machine, has a process is the one. Whoever comes first speaks for all.
+
+The store is that of torch.distributed, over a connection of its own: kept by torchrun, or by rank 0.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import threading
+import time
+from datetime import timedelta
+from typing import Any, NamedTuple, Sequence
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
+        "timeout caused pair closure", "remote process exited", "ncclRemoteError", "No route to host")
+POLL_S = 1.0
+ROLL_CALL_S = 5.0  # several polls, on a machine with more work than cores
+SAME_HOST_S = 1.0  # ranks that die together do not die at the same moment
+GRACE_S = 15.0  # from a rank's failure until this one is ended, whatever it does
+STORE_TIMEOUT_S = 5.0
+
+
+class Peer(NamedTuple):
+    """Where a rank is."""
+
+    host: str
+    pid: int
+
+    @classmethod
+    def here(cls) -> "Peer":
+        return cls(platform.node(), os.getpid())
+
+
+class Watch:
+    """This rank's ear to the failures of others, and its mouth."""
+
+    def __init__(self, rank: int, peers: Sequence[Peer]):
+        import torch.distributed as dist
+        self.rank, self.peers = rank, peers
+        # a job that torchrun has restarted must not hear of its former life
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(seconds=STORE_TIMEOUT_S), wait_for_workers=False)
+        self._store: Any = dist.PrefixStore(f"moedist/faults/{life}", store)
+        self._stopped, self._answered, self._answering = threading.Event(), False, threading.Lock()
+        threading.Thread(target=self._listen, daemon=True, name="faults").start()
+
+    def stop(self) -> None:
+        """This rank ends as it should: it is not missed."""
+        self._stopped.set()
+        try:
+            self._answer()
+        except RuntimeError:  # the store has gone before, as it should
+            pass
+
+    def last_words(self, error: BaseException, text: str) -> str | None:
+        """What this rank is to print before it ends, None where another rank speaks.
+
+        Args:
+            error: that this rank ends by; text: the same on one line, for people.
+        """
+        # torchrun ends the others as soon as one is gone: first let it be known why
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            return self._lost(text) if is_lost_rank(error) else self._own(text)
+        except RuntimeError:  # no store: it was with rank 0, and there is nobody to agree with on who speaks
+            if not is_lost_rank(error):
+                return self._named(text)
+            here = self.peers[self.rank].host
+            alive = [r for r, peer in enumerate(self.peers) if r and peer.host == here and is_alive(peer.pid)]
+            return self._obituary([0]) if self.rank == min(alive, default=self.rank) else None
+
+    def _own(self, text: str) -> str | None:
+        self._store.set(f"error/{self.rank}", text)
+        if not self._speaks():
+            return None
+        deadline, errors = time.monotonic() + SAME_HOST_S, {}
+        while len(errors) < len(self.peers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            errors.update({r: self._store.get(f"error/{r}").decode() for r in range(len(self.peers))
+                           if r not in errors and self._store.check([f"error/{r}"])})
+        everywhere = len(errors) == len(self.peers) and len(set(errors.values())) == 1
+        return text if everywhere else self._named(text)
+
+    def _lost(self, text: str) -> str | None:
+        self._answer()
+        self._store.add("failed", 1)
+        start, gone = time.monotonic(), 0
+        while (waited := time.monotonic() - start) < ROLL_CALL_S:
+            time.sleep(0.1)
+            if self._store.add("spoken", 0):
+                return None
+            gone = sum(self._is_gone(r) for r in range(len(self.peers)))
+            if waited > SAME_HOST_S and gone and self._store.add("here", 0) + gone >= len(self.peers):
+                break
+        if not self._speaks():
+            return None
+        silent = [r for r in range(len(self.peers)) if self._is_gone(r) or not self._store.check([f"here/{r}"])]
+        return self._obituary(silent) if silent else self._named(f"{text}; all ranks answer")
+
+    def _answer(self) -> None:
+        with self._answering:
+            if not self._answered:
+                self._store.set(f"here/{self.rank}", "")
+                self._store.add("here", 1)
+                self._answered = True
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether a rank is known to have no process any more: it can be, on this machine."""
+        peer = self.peers[rank]
+        return peer.host == self.peers[self.rank].host and not is_alive(peer.pid)
+
+    def _speaks(self) -> bool:
+        """Whether this rank is the first to say something; from now on all others end."""
+        first = self._store.add("spoken", 1) == 1
+        self._store.add("failed", 1)
+        return first
+
+    def _named(self, text: str) -> str:
+        return f"rank {self.rank} on {self.peers[self.rank].host}: {text}"
+
+    def _obituary(self, ranks: list[int]) -> str:
+        names = ", ".join(f"rank {r} on {self.peers[r].host} (process {self.peers[r].pid})" for r in ranks)
+        why = ("killed, or crashed without a word (out of memory?)" if any(map(self._is_gone, ranks)) else
+               "no answer: it was killed, hangs, or its machine is down or cut off")
+        return f"lost {names}: {why}; go on from the last checkpoint with --resume"
+
+    def _listen(self) -> None:
+        while not self._stopped.wait(POLL_S):
+            try:
+                if not self._store.add("failed", 0):
+                    continue
+                self._answer()
+            except RuntimeError:  # no store any more: sockets will tell the main thread
+                return
+            if not self._stopped.wait(GRACE_S):
+                os._exit(1)
+            return
+
+
+_watch: Watch | None = None
+
+
+def start_watch(rank: int, peers: Sequence[Peer]) -> None:
+    """Start to hear of other ranks' failures. Every rank must call it, after torch.distributed has started."""
+    global _watch
+    _watch = Watch(rank, peers)
+
+
+def stop_watch() -> None:
+    """This rank ends as it should."""
+    global _watch
+    if _watch is not None:
+        _watch.stop()
+    _watch = None
+
+
+def current_watch() -> Watch | None:
+    """The watch of this process, while it is one of several ranks."""
+    return _watch
+
+
+def is_lost_rank(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised in the handling of, is a collective's whose other side is gone."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in LOST):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that has ended and is not yet waited for does not."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True
