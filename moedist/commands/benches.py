@@ -1,0 +1,59 @@
+"""Measure moedist against others."""
+
+from __future__ import annotations
+
+import argparse
+
+from moedist.commands.parsing import add_command, not_negative
+
+EXAMPLES = {
+    "bench layer": "example:\n  moedist bench layer --shapes fine --dtypes fp32 --json layer.json\n"
+                   "  moedist bench layer --compressed --json compressed.json\n",
+    "bench hetero": "example:\n  moedist bench hetero --json hetero.json\n",
+    "bench planner": "example:\n  moedist bench planner --json planner.json\n",
+}
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The commands of this file."""
+    bench = commands.add_parser("bench", help="measure moedist against others").add_subparsers(
+        dest="bench", required=True, metavar="BENCH")
+    layer = add_command(bench, "layer", "the MoE layer against Hugging Face, DeepSpeed and a dense layer", _bench_layer,
+                         EXAMPLES["bench layer"])
+    layer.add_argument("--shapes", nargs="+", default=["coarse", "fine"], choices=["coarse", "fine", "tiny"])
+    layer.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    layer.add_argument("--rounds", type=int, default=15, help="timed rounds, all implementations in turn")
+    layer.add_argument("--compressed", action="store_true",
+                       help="instead: the experts of the coarse shape compressed at 70 %% against the same uncompressed")
+    layer.add_argument("--json", help="write the figures to this file")
+
+    hetero = add_command(bench, "hetero", "training on ranks of four speeds: measured plan against equal placement",
+                         _bench_hetero, EXAMPLES["bench hetero"])
+    hetero.add_argument("--settle", type=not_negative(int), default=300, help="steps at full speed before both trainings")
+    hetero.add_argument("--warmup", type=not_negative(int), default=30, help="steps before the measured ones")
+    hetero.add_argument("--steps", type=not_negative(int), default=40, help="measured steps of each training")
+    hetero.add_argument("--json", help="write the figures to this file")
+
+    planner = add_command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,
+                         EXAMPLES["bench planner"])
+    planner.add_argument("--quick", action="store_true", help="a few small problems only")
+    planner.add_argument("--json", help="write the figures to this file")
+
+
+def _bench_layer(args: argparse.Namespace) -> None:
+    from moedist.bench.layer import bench_layer
+    if args.compressed:
+        from moedist.bench.compressed import bench_compressed
+        bench_compressed(args.rounds, args.json)
+    else:
+        bench_layer(args.shapes, args.dtypes, args.rounds, args.json)
+
+
+def _bench_hetero(args: argparse.Namespace) -> None:
+    from moedist.bench.hetero import bench_hetero
+    bench_hetero(args.settle, args.warmup, args.steps, args.json)
+
+
+def _bench_planner(args: argparse.Namespace) -> None:
+    from moedist.bench.planner import bench_planner
+    bench_planner(args.quick, args.json)
