@@ -20,26 +20,19 @@ NEAR = 1.15  # of the bound
 SLOWDOWN = {0: (6.0, 6.0, 6.0), SLOW_FROM: (6.0, 6.0, 24.0)}
 TREE = {"data": {"tokenizer": "byte", "sequence_length": 128, "max_documents": 150},
         "model": {"layers": 1, "width": 128, "heads": 4, "kv_heads": 2, "experts": 18, "top_k": 2, "expert_hidden": 192},
-        "train": {"batch": 36, "lr": 1e-6, "eval_tokens": 64},  # so slow that the router stays as it is
+        "train": {"batch": 24, "lr": 1e-6, "eval_tokens": 64},  # so slow that the router stays as it is
         "placement": {"max_copies": 3, "replan_every": PERIOD, "probe_s": 2.0}, "monitor": {"wandb": "disabled"},
         "phases": [{"train": 1000}]}
 
 
 @dataclasses.dataclass
 class Seen:
-    """One training: seconds and report of every step, experts and copies of every rank at first and in the end, its sequences
-    in the end, and what was said of re-plans."""
+    """One training: seconds and report of every step, sequences of every rank in the end, and what was said of re-plans."""
 
     seconds: list[float]
     reports: list[StepReport]
-    experts: list[list[int]]
     sequences: list[int]
     said: list[str]
-
-    @property
-    def rows(self) -> list[list[int]]:
-        """Expert rows of every rank, step by step."""
-        return [report.ranks.rows[0] for report in self.reports]
 
 
 def train_through(world: World, folder: str, cache: str) -> Seen:
@@ -48,7 +41,7 @@ def train_through(world: World, folder: str, cache: str) -> Seen:
     run = build_run(config, world, written_plan(config, world.size, None)[0])
     said: list[str] = []
     run.recorder.say = said.append
-    seconds, reports, experts = [], [], [_held(run)]
+    seconds, reports = [], []
     while not _enough(world, reports):
         world.barrier()
         start = time.perf_counter()
@@ -57,13 +50,7 @@ def train_through(world: World, folder: str, cache: str) -> Seen:
         seconds.append(time.perf_counter() - start)
         reports.append(report)
         run.replan(report.loads, report.ranks, bool(report.sums["plan"]))
-    experts.append(_held(run))
-    return Seen(seconds, reports, experts, split_batch(config.train.batch, run.plan.batch_shares), said)
-
-
-def _held(run) -> list[int]:
-    """Experts of every rank."""
-    return [len(run.plan.layer(0).experts_of_rank(r)) for r in range(run.world.size)]
+    return Seen(seconds, reports, split_batch(config.train.batch, run.plan.batch_shares), said)
 
 
 def _enough(world: World, reports: list[StepReport]) -> bool:
@@ -91,10 +78,9 @@ def over_bound(reports: list[StepReport]) -> float:
 
 def test_a_rank_that_becomes_four_times_slower_loses_its_load(tmp_path, cache):
     seen = run_ranks(3, train_through, str(tmp_path), str(cache))[0]
-    before, after = seen.experts
-    assert sum(before) >= 18 and max(before) - min(before) <= 5
-    assert after[2] < before[2] and seen.rows[-1][2] < seen.rows[0][2] / 2
-    assert seen.sequences[2] <= 6 and sum(seen.sequences) == 36
+    rows_W = seen.reports[-1].ranks.rows[0]
+    assert rows_W[2] < sum(rows_W) / 6 and seen.sequences[2] <= 4  # a ninth would be its part: 1 of 4 + 4 + 1
+    assert sum(seen.sequences) == 24 and sum(rows_W) == 24 * 128 * 2
     stale, settled = slice(SLOW_FROM, 2 * PERIOD), slice(-WINDOW, None)
     assert over_bound(seen.reports[stale]) > 1.8  # with the plan for equal ranks
     assert over_bound(seen.reports[settled]) < NEAR, [round(s, 3) for s in seen.seconds]

@@ -53,26 +53,36 @@ def test_the_schedule_takes_effect_at_its_step():
     assert Throttle({5: 3.0}).slowdown == 1
 
 
-def test_a_sleep_that_was_too_long_is_given_back():
-    throttle = Throttle({0: 8.0})
+def stretched(slowdown: float) -> float:
+    """Wall time over processor time of a hundred milliseconds of compute, a millisecond at a time."""
+    throttle = Throttle({0: slowdown})
     start, compute = time.perf_counter(), time.process_time()
     for _ in range(100):
         burn(0.001)
         throttle.catch_up()
-    stretched = (time.perf_counter() - start) / (time.process_time() - compute)
-    assert 7 < stretched < 9.5
+    return (time.perf_counter() - start) / (time.process_time() - compute)
 
 
-def test_time_lost_to_others_is_made_up_for():
+def test_a_sleep_that_was_too_long_is_given_back():
+    tries = (stretched(8.0) for _ in range(5))  # in one of them the machine has a core to spare
+    assert any(7 < found < 9.5 for found in tries)
+
+
+def over_declared_s(lost_s: float) -> float:
+    """Seconds that a rank, slowed ten times, takes longer than its compute says, where it lost some before."""
     throttle = Throttle({0: 10.0})
     start, compute = time.perf_counter(), time.process_time()
     burn(0.005)
-    time.sleep(0.12)  # as if the core had been somebody else's
+    time.sleep(lost_s)  # as if the core had been somebody else's
     throttle.catch_up()
     for _ in range(4):
         burn(0.005)
         throttle.catch_up()
-    assert time.perf_counter() - start < 10 * (time.process_time() - compute) + 0.06  # not 0.08 s more
+    return time.perf_counter() - start - 10 * (time.process_time() - compute)
+
+
+def test_time_lost_to_others_is_made_up_for():
+    assert any(over_declared_s(0.12) < 0.04 for _ in range(5))  # 0.07 s more where it is not
 
 
 def test_a_rank_that_was_held_up_for_long_is_slow_again_soon():
