@@ -2,9 +2,14 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
+# The same examples in every CI run, so that a failure there is about the change; other examples each time elsewhere.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 torch.set_num_threads(2)
 
 

@@ -28,7 +28,7 @@ def test_effective_speeds_make_all_ranks_take_equally_long(ranks, total, calls):
             assert part / effective[r] == pytest.approx(least)
             assert speeds.seconds(r, part, calls) == pytest.approx(least)
         else:  # a rank whose call alone takes about as long looks slow, but not impossible
-            assert 0 < effective[r] <= speed
+            assert 0 < effective[r] <= speed * (1 + 1e-12)
 
 
 @given(SOME_RANKS, st.floats(1e3, 1e6), st.lists(st.floats(0, 1), min_size=6, max_size=6))
