@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ from moedist.coordinator.simulate import StepTime, bound_s, equal_plan_of, predi
 from moedist.coordinator.sizes import likely_vocab
 from moedist.coordinator.speeds import Speeds
 from moedist.dispatch import build_transport
-from moedist.errors import CheckpointError
+from moedist.errors import CheckpointError, ConfigError
 from moedist.monitor.table import table
 from moedist.placement import Plan, rank_loads, split_batch
 from moedist.world import World
@@ -49,6 +50,7 @@ def show_plan(config_path: str, overrides: Sequence[str], cluster_path: str | No
         zipf: expert i gets a share proportional to (i + 1)^-zipf of a layer's rows.
         run: a run folder whose newest checkpoint says how the loads are; None: `zipf` says it.
     """
+    refuse_missing_folder(json_path)
     config = load_config(config_path, overrides)
     vocab = likely_vocab(config)
     sizes = Sizes.of(config, vocab)
@@ -73,6 +75,13 @@ def show_plan(config_path: str, overrides: Sequence[str], cluster_path: str | No
 def speaker(world: World) -> Callable[[str], None]:
     """Prints on rank 0, is silent elsewhere."""
     return print if world.is_main else lambda text: None
+
+
+def refuse_missing_folder(*paths: str | None) -> None:
+    """Raise `ConfigError`, before anything is measured, where a file is to be written into a folder that is not there."""
+    for path in paths:
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"there is no folder {Path(path).parent} to write {path} to; make it first")
 
 
 def zipf_loads(sizes: Sizes, exponent: float) -> Loads:

@@ -13,7 +13,7 @@ from moedist.coordinator.probe import probe
 from moedist.coordinator.probe_table import describe, describe_calls
 from moedist.coordinator.sizes import likely_vocab
 from moedist.dispatch import build_transport
-from moedist.show_plan import speaker
+from moedist.show_plan import refuse_missing_folder, speaker
 from moedist.world import World
 
 
@@ -27,6 +27,7 @@ def show_probe(config_path: str, overrides: Sequence[str], yaml_path: str | None
     Returns:
         The facts of all ranks, on every rank.
     """
+    refuse_missing_folder(yaml_path, json_path)
     config = load_config(config_path, overrides)
     with World.start(config.world) as world:
         check_config(config, world.size)

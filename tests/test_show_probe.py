@@ -47,6 +47,12 @@ def test_a_configuration_that_cannot_run_is_refused():
         show_probe(QUICKSTART, ["placement.speeds=[1,2]"], None, None)
 
 
+@pytest.mark.parametrize("paths", [("no/folder/c.yaml", None), (None, "no/folder/r.json")])
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(paths):
+    with pytest.raises(ConfigError, match="there is no folder no/folder"):
+        show_probe(QUICKSTART, ANYWHERE, *paths)
+
+
 def test_help_has_an_example():
     out = subprocess.run(command(1, "probe", "--help"), capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert "torchrun --nproc-per-node 2 -m moedist probe configs/quickstart.yaml --yaml cluster.yaml" in out

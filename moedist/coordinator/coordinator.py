@@ -6,7 +6,7 @@ Every rank has a coordinator and calls it at the same steps; rank 0's does the t
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 
@@ -36,11 +36,11 @@ class Coordinator:
         self._tracker = SpeedTracker(facts) if facts else None
         self._loads = {int(i): torch.tensor(load, dtype=torch.float64) for i, load in (state or {}).get("loads", {}).items()}
         self._thread: threading.Thread | None = None
-        self._proposal: Callable[[], Proposal] | None = None
+        self._found: Proposal | Exception | None = None  # what the thread came to
 
     def experts_changed(self, sizes: Sizes, facts: Sequence[RankFacts] | None) -> None:
         """Experts have other sizes now, and the ranks were measured anew; a plan that is being thought out is dropped."""
-        self.sizes, self._thread, self._proposal = sizes, None, None
+        self.sizes, self._thread, self._found = sizes, None, None
         if facts is not None:
             self.facts, self._tracker = facts, SpeedTracker(facts)
 
@@ -76,19 +76,17 @@ class Coordinator:
         """Begin to look for a better plan, in the background."""
         if self._tracker is None or not self.world.is_main or self._thread is not None:
             return
-        cluster, loads = self._cluster(), self._mean_loads()  # now: the thread must not read what training writes
+        # now: the thread must not read what training writes
+        cluster, loads, sizes = self._cluster(), self._mean_loads(), self.sizes
 
         def think() -> None:
+            found: Proposal | Exception
             try:
-                proposal = next_plan(cluster, loads, self.sizes, self.config, plan, self._horizon)
-                self._proposal = lambda: proposal
+                found = next_plan(cluster, loads, sizes, self.config, plan, self._horizon)
             except Exception as error:
-                failure = error  # `error` is gone when the handler ends
-
-                def fail() -> Proposal:
-                    raise failure
-
-                self._proposal = fail
+                found = error
+            if self._thread is threading.current_thread():  # else it was dropped meanwhile
+                self._found = found
 
         self._thread = threading.Thread(target=think, name="moedist-planner", daemon=True)
         self._thread.start()
@@ -108,11 +106,13 @@ class Coordinator:
 
         def solve() -> Plan:
             nonlocal proposal
-            proposal = self._proposal()
+            if isinstance(self._found, Exception):
+                raise self._found
+            proposal = self._found
             return plan if proposal.stays else proposal.plan
 
         found, why_not = agree(self.world, solve, self._objection)
-        self._thread = self._proposal = None
+        self._thread = self._found = None
         if found is None:
             return plan, [f"warning: the plan stays as it was: {why_not}"]
         if found.sha256 == plan.sha256 or proposal is None or proposal.stays:

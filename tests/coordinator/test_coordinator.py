@@ -98,7 +98,9 @@ def test_whatever_fails_the_old_plan_stays_and_a_warning_says_why(case, words):
             assert word in lines[0]
 
 
-def test_ready_only_once_the_planner_is_done(monkeypatch):
+@pytest.fixture
+def waiting(monkeypatch):
+    """A coordinator whose planner waits for the event before it begins, the plan in force, and the event."""
     coordinator, go, real = coordinator_of(World()), threading.Event(), module.next_plan
     plan = first_plan(coordinator._cluster(), EVEN, coordinator.sizes, coordinator.config).plan
     coordinator.observe(LOADS, times(plan, [1000.0, 1000.0]))
@@ -108,6 +110,12 @@ def test_ready_only_once_the_planner_is_done(monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(module, "next_plan", slowly)
+    yield coordinator, plan, go
+    go.set()
+
+
+def test_ready_only_once_the_planner_is_done(waiting):
+    coordinator, plan, go = waiting
     assert not coordinator.ready  # nothing was asked
     coordinator.start_replan(plan)
     thread = coordinator._thread
@@ -117,6 +125,16 @@ def test_ready_only_once_the_planner_is_done(monkeypatch):
     go.set()
     thread.join(60)
     assert coordinator.ready
+
+
+def test_what_a_dropped_planner_comes_to_is_forgotten(waiting):
+    coordinator, plan, go = waiting
+    coordinator.start_replan(plan)
+    thread = coordinator._thread
+    coordinator.experts_changed(coordinator.sizes, facts_of([1000.0, 500.0]))
+    go.set()
+    thread.join(60)
+    assert not thread.is_alive() and not coordinator.ready and coordinator._found is None
 
 
 def test_a_written_placement_is_never_replanned():
