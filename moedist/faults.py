@@ -23,6 +23,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Connection ref
 POLL_S = 1.0
 ROLL_CALL_S = 5.0  # several polls, on a machine with more work than cores
 SAME_HOST_S = 1.0  # ranks that die together do not die at the same moment
+LINGER_S = 2.0
 GRACE_S = 15.0  # from a rank's failure until this one is ended, whatever it does
 STORE_TIMEOUT_S = 5.0
 
@@ -75,7 +76,10 @@ class Watch:
                 return self._named(text)
             here = self.peers[self.rank].host
             alive = [r for r, peer in enumerate(self.peers) if r and peer.host == here and is_alive(peer.pid)]
-            return self._obituary([0]) if self.rank == min(alive, default=self.rank) else None
+            if self.rank != min(alive, default=self.rank):
+                return None
+            time.sleep(LINGER_S)  # for those above to see that this one, which speaks, is alive
+            return self._obituary([0])
 
     def _own(self, text: str) -> str | None:
         self._store.set(f"error/{self.rank}", text)
@@ -92,17 +96,17 @@ class Watch:
     def _lost(self, text: str) -> str | None:
         self._answer()
         self._store.add("failed", 1)
-        start, gone = time.monotonic(), 0
+        start = time.monotonic()
         while (waited := time.monotonic() - start) < ROLL_CALL_S:
             time.sleep(0.1)
             if self._store.add("spoken", 0):
                 return None
-            gone = sum(self._is_gone(r) for r in range(len(self.peers)))
-            if waited > SAME_HOST_S and gone and self._store.add("here", 0) + gone >= len(self.peers):
+            gone = [r for r in range(len(self.peers)) if self._is_gone(r) and not self._has_answered(r)]
+            if waited > SAME_HOST_S and gone and self._store.add("here", 0) + len(gone) >= len(self.peers):
                 break
-        if not self._speaks():
+        silent = [r for r in range(len(self.peers)) if not self._has_answered(r)]
+        if not self._speaks():  # not before: those who need not speak end
             return None
-        silent = [r for r in range(len(self.peers)) if self._is_gone(r) or not self._store.check([f"here/{r}"])]
         return self._obituary(silent) if silent else self._named(f"{text}; all ranks answer")
 
     def _answer(self) -> None:
@@ -111,6 +115,9 @@ class Watch:
                 self._store.set(f"here/{self.rank}", "")
                 self._store.add("here", 1)
                 self._answered = True
+
+    def _has_answered(self, rank: int) -> bool:
+        return self._store.check([f"here/{rank}"])
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a rank is known to have no process any more: it can be, on this machine."""
