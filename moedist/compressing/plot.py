@@ -1,11 +1,12 @@
-"""The picture of a sweep: perplexity over the uncompressed model against bytes, a line a method."""
+"""The picture of a sweep: how far perplexity rises over the uncompressed model against bytes, a line a method."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Protocol, Sequence
 
-MARKERS = "osD^vP*Xhd"
+MARKERS = "osD^vP*Xhd<>p"
+LEAST = 0.01  # percent: less, or a fall, is drawn there
 
 
 class _Point(Protocol):
@@ -17,23 +18,24 @@ class _Point(Protocol):
 
 def plot_sweep(points: Sequence[_Point], base: float, title: str, path: Path) -> None:
     """Write a PNG."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     names = list(dict.fromkeys(p.method for p in points))
+    colours = matplotlib.colormaps["tab10"].colors
     for i, name in enumerate(names):
-        own = [p for p in points if p.method == name]
-        axes.plot([p.bytes / 2**20 for p in own], [p.ppl_ratio for p in own], marker=MARKERS[i % len(MARKERS)],
-                  linewidth=2.2 if name.startswith("cur") and name != "cur-matrix" else 1.2, label=name)
-    axes.axhline(1.0, color="0.6", linewidth=0.8)
+        own = sorted((p for p in points if p.method == name), key=lambda p: p.bytes)
+        # ten colours; beyond, the same ones with dashes and other markers
+        axes.plot([p.bytes / 2**20 for p in own], [max(LEAST, 100 * (p.ppl_ratio - 1)) for p in own],
+                  marker=MARKERS[i % len(MARKERS)], color=colours[i % 10], linestyle="-" if i < 10 else "--",
+                  linewidth=2.4 if i == 0 else 1.3, label=name)
     axes.set_yscale("log")
-    ticks = [t for t in (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 1000) if t <= 1.5 * max(p.ppl_ratio for p in points)]
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g} %")
     axes.set_xlabel("experts, MiB (index vectors included)")
-    axes.set_ylabel(f"perplexity / {base:.2f} (uncompressed)")
+    axes.set_ylabel(f"rise of perplexity over {base:.2f}, uncompressed")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
