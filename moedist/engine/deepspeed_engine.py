@@ -19,11 +19,11 @@ from torch import nn
 from moedist.config import EngineConfig, TrainConfig
 from moedist.engine.deepspeed_config import deepspeed_json, zero_stage
 from moedist.engine.deepspeed_start import start_deepspeed
-from moedist.engine.forward import hidden_states, loss_sum
+from moedist.engine.forward import Reports, hidden_states, loss_sum
 from moedist.engine.interface import DenseGradients, Engine
 from moedist.engine.optimizer import build_optimizer, dense_groups, make_state, moments_of, set_updates
 from moedist.engine.zero_state import ZeroState
-from moedist.model import Batch, LayerReport, Transformer
+from moedist.model import Batch, Transformer
 from moedist.world import World
 
 
@@ -40,6 +40,8 @@ class DeepSpeedEngine(Engine):
         root = _WithLoss(model)
         self._deepspeed = start_deepspeed(root, self._optimizer, deepspeed_json(settings), world)
         self._zero = self._deepspeed.optimizer  # at stage 0 the optimizer itself
+        # stages 0 and 1 reduce in `step`, once; 2 and 3 split gradients as they come, in every backward pass
+        self._deepspeed.enable_backward_allreduce = self.stage >= 2
         if self.stage == 3:
             _gather_for_gradients(root)
         make_state(self._optimizer, self._updated(), config)
@@ -49,8 +51,7 @@ class DeepSpeedEngine(Engine):
         self._given: dict[str, torch.Tensor] = {}  # what `named_tensors` gave, for `loaded`
         self._passes = 0
 
-    def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, LayerReport]]:
-        # stage 1 reduces in the backward pass of the last part, 2 and 3 in each
+    def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Reports]:
         self._passes += 1
         self._deepspeed.set_gradient_accumulation_boundary(self._passes == self.config.accumulate)
         device = self.world.device
@@ -69,6 +70,8 @@ class DeepSpeedEngine(Engine):
         if self._passes != self.config.accumulate:
             raise ValueError(f"{self._passes} forward passes before a step, but train.accumulate is {self.config.accumulate}")
         self._passes = 0
+        if self.stage < 2:
+            self._deepspeed.allreduce_gradients()
         return DenseGradients(self._reduced(), counted=self.stage > 0 or self.world.is_main, unit=self.world.size)
 
     def _reduced(self) -> list[torch.Tensor]:
@@ -101,7 +104,8 @@ class DeepSpeedEngine(Engine):
         if self._state is None:
             found = self.model.dense_state()
             for moment in moments_of(self.config):
-                found.update({f"optimizer.{moment}.{name}": self._optimizer.state[p][moment] for name, p in self.dense.items()})
+                found.update({f"optimizer.{moment}.{name}": self._optimizer.state[p][moment]
+                              for name, p in self.dense.items()})
             return found
         self._given = self._state.read()
         return {name: t for name, t in self.model.dense_state().items() if name not in self.dense} | self._given
@@ -138,7 +142,7 @@ class _WithLoss(nn.Module):
         super().__init__()
         self.model, self.loss = model, _Loss(model)
 
-    def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, LayerReport]]:
+    def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Reports]:
         hidden, reports = hidden_states(self.model, batch, dtype)
         return self.loss(hidden, targets_GS, dtype), reports
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from moedist.engine.deepspeed_waits import meter_collectives
 from moedist.errors import ConfigError
-from moedist.world import World
+from moedist.world import NATIVE_BACKENDS, World
 
 
 class Groups:
@@ -55,10 +58,16 @@ def start_deepspeed(root: nn.Module, optimizer: torch.optim.Optimizer, settings:
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # or it takes a GPU that this run was told to leave alone
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # MPI and Slurm do not set it, DeepSpeed insists on it
+    # DeepSpeed calls what torch 2.13 has renamed
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    import deepspeed
+    # it warns of SGD, and of the dataclasses that routers take and give, which the engine sees to
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not dist.is_initialized():  # a world of one has no process group
+        native = NATIVE_BACKENDS.get(world.device.type)
+        dist.init_process_group(f"cpu:gloo,{world.device.type}:{native}" if native else "gloo", store=dist.HashStore(),
+                                rank=0, world_size=1)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        import deepspeed
-        if not dist.is_initialized():  # a world of one has no process group
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             engine, *_ = deepspeed.initialize(
                 args=SimpleNamespace(device_rank=world.device.index or 0), model=root, optimizer=optimizer, config=settings,
@@ -66,11 +75,12 @@ def start_deepspeed(root: nn.Module, optimizer: torch.optim.Optimizer, settings:
         except Exception:
             print(said.getvalue())
             raise
+    meter_collectives(world.meter)
     return engine
 
 
 def _refuse_mixed_devices(world: World) -> None:
     kinds = world.gather_objects(world.device.type)
     if len(set(kinds)) > 1 or (world.size > 1 and world.device.type != "cpu" and world.native is None):
-        raise ConfigError(f"engine.name=deepspeed needs ranks of one vendor, each with a device of its own; the devices are "
-                          f"{', '.join(kinds)} in islands {list(world.islands)}; set engine.name=torch, which works on any mix")
+        raise ConfigError("engine.name=deepspeed needs ranks of one vendor, each with a device of its own; the devices are "
+                          f"{', '.join(kinds)} in islands {list(world.islands)}; set engine.name=torch, for any mix")

@@ -10,16 +10,18 @@ from torch import nn
 
 from moedist.model import Batch, LayerReport, Transformer, next_token_loss_sum
 
+Reports = dict[int, LayerReport]  # of every MoE layer
+
 
 def forward_loss(model: Transformer, batch: Batch, targets_GS: torch.Tensor, device: torch.device,
-                 dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, LayerReport]]:
+                 dtype: torch.dtype) -> tuple[torch.Tensor, Reports]:
     """(sum of next-token losses, layer reports) of a batch of CPU tensors, computed in `dtype` on `device`."""
     hidden, reports = hidden_states(model, batch.to(device), dtype)
     with whole(model.head_weight) as weight_VD:
         return loss_sum(hidden, weight_VD, targets_GS.to(device), dtype), reports
 
 
-def hidden_states(model: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, LayerReport]]:
+def hidden_states(model: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, Reports]:
     """([G, S, D], layer reports). Weights of the model stay as they are, low precision is for what is computed."""
     with torch.autocast(batch.ids_GS.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
         return model(batch)

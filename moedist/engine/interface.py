@@ -17,8 +17,9 @@ import torch
 from moedist.config import TrainConfig
 from moedist.engine.copies import Copies
 from moedist.engine.expert_optimizer import ExpertOptimizer
+from moedist.engine.forward import Reports
 from moedist.engine.optimizer import moments_of
-from moedist.model import Batch, BankTensors, LayerReport, Transformer
+from moedist.model import Batch, BankTensors, Transformer
 from moedist.world import World
 
 FIRST_SCALE, GROWTH_STEPS = 2.0**15, 2000  # float16 loss scaling, as torch.amp.GradScaler
@@ -67,7 +68,7 @@ class Engine(ABC):
         self.good_steps, self.updates = 0, 0
 
     @abstractmethod
-    def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, LayerReport]]:
+    def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Reports]:
         """(sum of next-token losses, layer reports) of one training pass, for `backward`; CPU tensors, computed in `dtype`."""
 
     @abstractmethod

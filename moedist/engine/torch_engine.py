@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from moedist.config import TrainConfig
-from moedist.engine.forward import forward_loss
+from moedist.engine.forward import Reports, forward_loss
 from moedist.engine.interface import DenseGradients, Engine, gradient_of
 from moedist.engine.optimizer import build_optimizer, dense_groups, make_state, moments_of, set_updates
-from moedist.model import Batch, LayerReport, Transformer
+from moedist.model import Batch, Transformer
 from moedist.world import World
 
 BUCKET_BYTES = 64 * 2**20  # gradients all-reduced at once
@@ -22,7 +22,7 @@ class TorchEngine(Engine):
         self.optimizer = build_optimizer(dense_groups(self.dense.values(), config), config, world.device)
         make_state(self.optimizer, self.dense.values(), config)
 
-    def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, LayerReport]]:
+    def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Reports]:
         return forward_loss(self.model, batch, targets_GS, self.world.device, dtype)
 
     def backward(self, loss: torch.Tensor) -> None:

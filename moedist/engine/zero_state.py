@@ -55,7 +55,8 @@ class ZeroState:
 
     def _set(self, p: torch.nn.Parameter, value: torch.Tensor, moment: str | None) -> None:
         from deepspeed.utils import (
-            safe_set_full_fp32_param, safe_set_full_optimizer_state, safe_set_local_fp32_param, safe_set_local_optimizer_state,
+            safe_set_full_fp32_param, safe_set_full_optimizer_state, safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
         )
         if self._stage == 3:
             part = self._part(p, value)
@@ -64,7 +65,8 @@ class ZeroState:
                 return
             safe_set_local_fp32_param(p, part)
             import deepspeed
-            with deepspeed.zero.GatheredParameters(p, modifier_rank=0):  # what the model computes with, beside the optimizer's copy
+            # what the model computes with, beside the optimizer's copy
+            with deepspeed.zero.GatheredParameters(p, modifier_rank=0):
                 p.copy_(value)
         elif moment is not None:
             safe_set_full_optimizer_state(p, value, moment)
