@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from moedist.commands.parsing import add_command, not_negative
+from moedist.commands.parsing import add_command, not_negative, positive
 
 EXAMPLES = {
     "bench layer": "example:\n  moedist bench layer --shapes fine --dtypes fp32 --json layer.json\n"
                    "  moedist bench layer --compressed --json compressed.json\n",
     "bench hetero": "example:\n  moedist bench hetero --json hetero.json\n",
+    "bench checkpoint": "example:\n  moedist bench checkpoint --json checkpoint.json\n"
+                        "  torchrun --nproc-per-node 2 -m moedist bench checkpoint --folder /scratch\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
 }
 
@@ -34,6 +36,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     hetero.add_argument("--steps", type=not_negative(int), default=40, help="measured steps of each training")
     hetero.add_argument("--json", help="write the figures to this file")
 
+    checkpoint = add_command(bench, "checkpoint", "how long a checkpoint keeps training waiting, in the background or not",
+                             _bench_checkpoint, EXAMPLES["bench checkpoint"])
+    checkpoint.add_argument("--rounds", type=positive(int), default=3, help="saves by each way, in turn")
+    checkpoint.add_argument("--folder", help="write there (default: here); needs room for two checkpoints of 1.2 GB")
+    checkpoint.add_argument("--json", help="write the figures to this file")
+
     planner = add_command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,
                          EXAMPLES["bench planner"])
     planner.add_argument("--quick", action="store_true", help="a few small problems only")
@@ -52,6 +60,11 @@ def _bench_layer(args: argparse.Namespace) -> None:
 def _bench_hetero(args: argparse.Namespace) -> None:
     from moedist.bench.hetero import bench_hetero
     bench_hetero(args.settle, args.warmup, args.steps, args.json)
+
+
+def _bench_checkpoint(args: argparse.Namespace) -> None:
+    from moedist.bench.checkpoint import bench_checkpoint
+    bench_checkpoint(args.rounds, args.folder, args.json)
 
 
 def _bench_planner(args: argparse.Namespace) -> None:

@@ -25,7 +25,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("overrides", nargs="*", help="section.key=value")
     train.add_argument("--resume", nargs="?", const="newest", metavar="RUN",
-                       help="go on with this run folder; without RUN, with the newest run of the configuration's name")
+                       help="go on with this run folder; without RUN, with the newest run of the configuration's name; "
+                            "auto: with that where there is one, else start afresh (for jobs that are requeued)")
     train.add_argument("--check", action="store_true", help="check the configuration for this number of ranks and stop")
     train.add_argument("--ranks", type=int, help="with --check: number of ranks (default: as launched)")
 
@@ -51,7 +52,7 @@ def _keys_help() -> str:
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.config is None and args.resume in (None, "newest"):
+    if args.config is None and args.resume in (None, "newest", "auto"):
         raise ConfigError("no configuration given; try: moedist train configs/quickstart.yaml, or --resume RUN_FOLDER")
     if args.check and args.config is None:
         raise ConfigError("--check needs a configuration file")
