@@ -10,6 +10,7 @@ from typing import Callable, Iterator
 import torch
 from torch import nn
 
+from moedist.engine.extension_locks import remove_old_locks
 from moedist.model.feed_forward import FeedForward
 from moedist.model.moe import MoELayer
 
@@ -84,6 +85,7 @@ def _deepspeed(layer: MoELayer, dtype: torch.dtype, device: torch.device) -> Pee
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         import logging
 
+        remove_old_locks(print)
         import deepspeed
         from deepspeed.moe.layer import MoE
 

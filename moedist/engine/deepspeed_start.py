@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moedist.engine.deepspeed_waits import meter_collectives
+from moedist.engine.extension_locks import remove_old_locks
 from moedist.errors import ConfigError
 from moedist.world import NATIVE_BACKENDS, World
 
@@ -60,6 +61,7 @@ def start_deepspeed(root: nn.Module, optimizer: torch.optim.Optimizer, settings:
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # MPI and Slurm do not set it, DeepSpeed insists on it
     # DeepSpeed calls what torch 2.13 has renamed
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    remove_old_locks(print)
     import deepspeed
     # it warns of SGD, and of the dataclasses that routers take and give, which the engine sees to
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
