@@ -25,7 +25,7 @@ class CurHybrid(Method):
         ridge: of the least-squares down projection.
     """
 
-    joint_share: float = 0.5
+    joint_share: float = 0.7
     multiple: int = 8
     ridge: float = DEFAULT_RIDGE
 

@@ -10,6 +10,7 @@ from typing import Any, Sequence
 
 from moedist.bench.figures import write_figures
 from moedist.checkpoint import RunFolder, read_meta
+from moedist.compressing.sweep import parse_variant
 from moedist.config import CompressConfig, Config, check_config, for_ranks
 from moedist.coordinator import equal_plan
 from moedist.engine import replace_experts
@@ -29,7 +30,7 @@ def heal_run(run_folder: str, methods: Sequence[str], ratio: float, steps: int, 
              step: int | None = None, json_path: str | None = None) -> dict[str, float]:
     """Train copies of a checkpoint for `steps` steps, at the end of the run's schedule made longer by as many; print a table.
 
-    Each method is compressed by `ratio` once and trained twice. No run is written.
+    Each method (`NAME+OPTION=VALUE+...`) is compressed by `ratio` once and trained twice. No run is written.
 
     Returns:
         `compress.{method}.{ratio}.healed_ratio`, perplexity over the uncompressed model's after the same steps, and
@@ -50,7 +51,8 @@ def heal_run(run_folder: str, methods: Sequence[str], ratio: float, steps: int, 
         rows, figures = [["uncompressed", *(f"{p:.3f}" for p in base)]], {}
         for method in methods:
             for name, carry in (("moments", True), ("fresh", False)):
-                c = CompressConfig(method=method, ratio=ratio, tokens=tokens)
+                plain, options, budget = parse_variant(method)
+                c = CompressConfig(method=plain, ratio=ratio, tokens=tokens, budget=budget, options=options)
                 found = [a / b for a, b in zip(trial.run(c, carry), base)]
                 figures.update({f"compress.{method}.{ratio:g}.{name}.{m}": value for m, value in zip(marks, found)})
                 rows.append([f"{method} {ratio:g}, {name}", *(f"{value:.4f}x" for value in found)])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from moedist.bench.figures import write_figures
@@ -66,11 +67,22 @@ def variants(names: Sequence[str]) -> list[Variant]:
     """
     found = []
     for text in names:
-        name, *options = text.split("+")
-        given = dict(option.split("=", 1) for option in options)
-        budget = given.pop("budget", "global" if name in GLOBAL else "uniform")
-        found.append(Variant(text, build_method(name, **{key: _value(value) for key, value in given.items()}), budget))
+        name, options, budget = parse_variant(text)
+        found.append(Variant(text, build_method(name, **options), budget))
     return found
+
+
+def parse_variant(text: str) -> tuple[str, dict[str, Any], str]:
+    """(method, options, budget mode) of `NAME+OPTION=VALUE+...`.
+
+    Raises:
+        CompressError: an option without a value.
+    """
+    name, *options = text.split("+")
+    if bad := [option for option in options if "=" not in option]:
+        raise CompressError(f"{text!r}: write an option as NAME=VALUE, not {bad[0]!r}, such as cur+selection=fisher")
+    given = {key: yaml.safe_load(value) for key, value in (option.split("=", 1) for option in options)}
+    return name, given, given.pop("budget", "global" if name in GLOBAL else "uniform")
 
 
 def sweep_run(run_folder: str, methods: Sequence[str] = tuple(METHODS), ratios: Sequence[float] = RATIOS,
@@ -203,9 +215,3 @@ def _report(points: Sequence[Point], sweep: _Sweep, title: str, out: str | None,
         from moedist.compressing.plot import plot_sweep  # matplotlib, only when a picture is asked for
         plot_sweep(points, sweep.base, title, Path(out) / "sweep.png")
         print(f"written: {Path(out) / 'sweep.csv'}, {Path(out) / 'sweep.png'}")
-
-
-def _value(text: str) -> Any:
-    """An option's value as YAML reads it."""
-    import yaml
-    return yaml.safe_load(text)
