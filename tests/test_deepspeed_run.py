@@ -42,7 +42,8 @@ def run(request, tmp_path_factory, cache, settings):
     """Two ranks, uneven experts and batches, checkpoints every two steps."""
     folder = tmp_path_factory.mktemp("deepspeed")
     done = moedist(2, cache, "train", *QUICKSTART, f"folder={folder}", PHASES, "engine.name=deepspeed", "train.eps=1e-5",
-                   f"engine.zero_stage={request.param}", f"engine.config={settings}", "checkpoint.every=2", "checkpoint.keep=9")
+                   f"engine.zero_stage={request.param}", f"engine.config={settings}", "checkpoint.every=2",
+                   "checkpoint.keep=9")
     assert "[WARNING]" not in done.stdout + done.stderr and "FutureWarning" not in done.stderr
     assert "compressed 16 experts by cur" in done.stdout and "51,904 parameters" in done.stdout
     return only_run(folder)

@@ -5,14 +5,17 @@ Nothing here imports DeepSpeed, so that a configuration can be refused before an
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from moedist.config import Config, EngineConfig
 from moedist.errors import ConfigError
 
+LEAST_VERSION = (0, 19)
 # What moedist decides, and where a user sets it instead. "auto", as in files for Hugging Face, and "enabled": false say
 # nothing and are let through.
 _DTYPE = "train.dtype (weights and gradients stay float32, as with engine.name=torch)"
@@ -45,7 +48,17 @@ def check_deepspeed(config: Config) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("engine.name=deepspeed, but DeepSpeed is not installed here; pip install 'moedist[deepspeed]', or "
                           "set engine.name=torch")
+    refuse_old(importlib.metadata.version("deepspeed"))
     deepspeed_json(config.engine)
+
+
+def refuse_old(version: str) -> None:
+    """Raise `ConfigError` for a DeepSpeed that is too old: 0.18 accumulates offloaded gradients wrongly, without a word."""
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if found < LEAST_VERSION:
+        least = ".".join(map(str, LEAST_VERSION))
+        raise ConfigError(f"engine.name=deepspeed needs DeepSpeed {least} or later, but {version} is installed; pip install -U "
+                          "deepspeed, or set engine.name=torch")
 
 
 def deepspeed_json(engine: EngineConfig) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import nn
 
 from moedist.engine.deepspeed_waits import meter_collectives
-from moedist.engine.extension_locks import remove_old_locks
 from moedist.errors import ConfigError
 from moedist.world import NATIVE_BACKENDS, World
 
@@ -61,10 +60,11 @@ def start_deepspeed(root: nn.Module, optimizer: torch.optim.Optimizer, settings:
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # MPI and Slurm do not set it, DeepSpeed insists on it
     # DeepSpeed calls what torch 2.13 has renamed
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    remove_old_locks(print)
     import deepspeed
     # it warns of SGD, and of the dataclasses that routers take and give, which the engine sees to
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # its all-reduce in shared memory serves inference alone, but is compiled at start, for which other ranks and runs wait
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():  # a world of one has no process group
         native = NATIVE_BACKENDS.get(world.device.type)
         dist.init_process_group(f"cpu:gloo,{world.device.type}:{native}" if native else "gloo", store=dist.HashStore(),

@@ -46,7 +46,8 @@ def build(world: World, case: Training, folder: Path) -> Engine:
         "model": {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "experts": 4, "expert_hidden": 8, **case.model},
         "data": {"sequence_length": 6}, "placement": {"counts": COUNTS[world.size]}, "router": case.router,
         "train": {"optimizer": "sgd", "batch": 8, "lr": 0.3, "clip": 1.0, "accumulate": case.accumulate, **case.train}})
-    model = Transformer(config, VOCAB, plan_from_config(config, world.size), build_transport(world), world.device, torch.float32)
+    plan = plan_from_config(config, world.size)
+    model = Transformer(config, VOCAB, plan, build_transport(world), world.device, torch.float32)
     if case.stage is None:
         return TorchEngine(model, config.train, world)
     path = folder / f"deepspeed-{world.size}-{world.rank}.json"

@@ -174,11 +174,11 @@ def moved(world, case, folder, plan):
     return found + train(world, engine, 3, first=4), full_state(engine)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_experts_are_compressed_moved_and_copied(tmp_path, stage):
+@pytest.mark.parametrize("stage, settings", [(1, ADAMW), (3, ADAMW), (None, {}), (2, {})], ids=str)
+def test_experts_are_compressed_moved_and_copied(tmp_path, stage, settings):
     plan = plan_of(3, ((0, 1), 1, (0, 1, 2), 2), (2, 2, 2, 0))
-    (expected, state), = pool(1).run(moved, Training(train=ADAMW), None, None)
-    parts = pool(3).run(moved, Training(stage, ADAMW), tmp_path, plan)
+    (expected, state), = pool(1).run(moved, Training(train=settings), None, None)
+    parts = pool(3).run(moved, Training(stage, settings), tmp_path, plan)
     assert all(found == pytest.approx(expected, abs=1e-5) for found, _ in parts)
     assert union([part for _, part in parts]).keys() == state.keys()
 

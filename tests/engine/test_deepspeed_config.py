@@ -8,7 +8,7 @@ import pytest
 from moedist.config import check_config, config_from_dict
 from moedist.config.schema import EngineConfig
 from moedist.engine import check_deepspeed
-from moedist.engine.deepspeed_config import OWNED, deepspeed_json
+from moedist.engine.deepspeed_config import OWNED, deepspeed_json, refuse_old
 from moedist.errors import ConfigError
 
 
@@ -81,6 +81,13 @@ def test_a_missing_file_or_deepspeed_is_told_before_ranks_start(monkeypatch, tmp
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as where it is not installed
     with pytest.raises(ConfigError, match=r"pip install 'moedist\[deepspeed\]'"):
         check_deepspeed(config_from_dict({"engine": {"name": "deepspeed"}}))
+
+
+def test_an_old_deepspeed_is_told():
+    with pytest.raises(ConfigError, match="needs DeepSpeed 0.19 or later, but 0.18.9 is installed"):
+        refuse_old("0.18.9")
+    refuse_old("0.19.0+cu128")
+    refuse_old("1.0")
 
 
 def test_a_missing_json_file_is_told_before_ranks_start(tmp_path):

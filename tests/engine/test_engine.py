@@ -96,3 +96,21 @@ def test_float16_overflow_skips_the_step_and_halves_the_scale():
     plain.backward(plain.model(Batch(ids, ids, 0))[0].pow(3).sum())
     expected = plain.step(0.0, torch.zeros(0, dtype=torch.float64)).grad_norm
     assert engine.step(0.0, torch.zeros(0, dtype=torch.float64)).grad_norm == pytest.approx(expected, rel=1e-4)
+
+
+def test_sgd_by_hand():
+    """No state; weight decay of matrices alone, for dense and expert weights alike."""
+    engine = engine_of(World(), [4], optimizer="sgd", weight_decay=0.5, clip=0.0)
+    before = {n: t.clone() for n, t in engine.named_tensors().items()}
+    assert not any(name.startswith("optimizer.") for name in before)
+    ids = torch.arange(12).view(2, 6)
+    engine.backward(engine.model(Batch(ids, ids, 0))[0].pow(3).sum())
+    grads = {n: p.grad.clone() for n, p in engine.dense.items()}
+    for bank in engine.model.banks.values():
+        grads |= {n: t.clone() for n, t in bank.split_by_name(tuple(p.grad for p in bank.parameters())).items()}
+    engine.step(0.1, torch.zeros(0, dtype=torch.float64))
+    for name, tensor in engine.named_tensors().items():
+        if name in grads:
+            decay = 0.5 * before[name] if tensor.dim() > 1 else 0.0
+            torch.testing.assert_close(tensor, before[name] - 0.1 * (grads[name] + decay))
+    assert engine.counters()["updates"] == 1
