@@ -90,13 +90,14 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             self._deepspeed.zero_grad()
             return
-        # ZeRO clears its gradients in a step alone, and skips a step on any that are not finite. Here they may be: it was
-        # perhaps an expert's gradient that overflowed
+        # ZeRO clears its gradients in a step alone: it makes one in which the optimizer does nothing
         for part in self._reduced():
-            part.fill_(torch.inf)
-        self._deepspeed.step()
-        if self._deepspeed.was_step_applied():
-            raise RuntimeError("DeepSpeed made a step on gradients that are not finite: this version of it does not skip them")
+            part.zero_()
+        self._optimizer.step = lambda: None
+        try:
+            self._deepspeed.step()
+        finally:
+            del self._optimizer.step  # the method shows again
 
     def _dense_tensors(self) -> dict[str, torch.Tensor]:
         """At stage 0 views, equal on every rank. Else copies in host memory, kept until the next step: of buffers on every
