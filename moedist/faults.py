@@ -45,6 +45,7 @@ class Watch:
     def __init__(self, rank: int, peers: Sequence[Peer]):
         import torch.distributed as dist
         self.rank, self.peers = rank, peers
+        self._keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         # a job that torchrun has restarted must not hear of its former life
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
@@ -70,7 +71,10 @@ class Watch:
         # torchrun ends the others as soon as one is gone: first let it be known why
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            return self._lost(text) if is_lost_rank(error) else self._own(text)
+            words = self._lost(text) if is_lost_rank(error) else self._own(text)
+            if self._keeps_store:  # for the others to hear that somebody speaks
+                time.sleep(LINGER_S)
+            return words
         except RuntimeError:  # no store: it was with rank 0, and there is nobody to agree with on who speaks
             if not is_lost_rank(error):
                 return self._named(text)
@@ -126,9 +130,8 @@ class Watch:
 
     def _speaks(self) -> bool:
         """Whether this rank is the first to say something; from now on all others end."""
-        first = self._store.add("spoken", 1) == 1
-        self._store.add("failed", 1)
-        return first
+        self._store.add("failed", 1)  # not after: the store may go with those who hear that this rank speaks
+        return self._store.add("spoken", 1) == 1
 
     def _named(self, text: str) -> str:
         return f"rank {self.rank} on {self.peers[self.rank].host}: {text}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 # a few hundred documents, bytes as tokens: seconds instead of minutes
@@ -45,8 +48,24 @@ def moedist(ranks: int, cache: Path, *arguments: str, ok: bool = True, timeout: 
 
 def start(ranks: int, cache: Path, *arguments: str) -> subprocess.Popen:
     """Start in a process group of its own and return at once."""
-    return subprocess.Popen(command(ranks, *arguments), cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE,
+    return start_command(command(ranks, *arguments), cache)
+
+
+def start_command(arguments: list[str], cache: Path) -> subprocess.Popen:
+    """As `start`, for any command."""
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def output_of(process: subprocess.Popen, timeout: float) -> str:
+    """What it printed until it ended; fails with that, and ends its whole process group, where it is too slow."""
+    try:
+        return process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        pytest.fail(f"still there after {timeout:g} s; it printed\n{process.communicate()[0]}")
 
 
 def only_run(folder: Path) -> Path:
@@ -71,5 +90,4 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, timeout: f
                 return run
         assert process.poll() is None, f"ended with {process.returncode} before step {step}:\n{process.stdout.read()}"
         time.sleep(0.02)
-    process.kill()
-    raise TimeoutError(f"no step {step} in {timeout} s")
+    pytest.fail(f"no step {step} in {timeout:g} s:\n{output_of(process, 0)}")

@@ -15,7 +15,7 @@ import pytest
 
 from moedist.checkpoint import RunFolder
 from moedist.faults import is_alive, is_lost_rank
-from tests.launching import QUICKSTART, ROOT, command, environment, metrics, moedist, only_run, start, wait_for_step
+from tests.launching import QUICKSTART, ROOT, command, environment, metrics, moedist, only_run, output_of, start, wait_for_step
 from tests.ranks import free_port
 
 CRASHES = int(os.environ.get("MOEDIST_CRASHES", "3"))
@@ -56,7 +56,7 @@ def test_killed_again_and_again_the_losses_are_those_of_a_whole_run(tmp_path, ca
         time.sleep(draw.random() * 0.05)
         os.kill(pids[rank], signal.SIGKILL)
         since = time.monotonic()
-        out, _ = process.communicate(timeout=MOST_S)
+        out = output_of(process, MOST_S)
         ended(pids, since)
         assert process.returncode != 0
         (line,) = our_errors(out)
@@ -76,7 +76,7 @@ def test_after_a_death_fewer_ranks_go_on(tmp_path, cache):
     process = start(3, cache, *arguments, f"folder={tmp_path}/killed", "checkpoint.asynchronous=false")
     run = wait_for_step(tmp_path / "killed", 7, process)
     os.kill(ranks_of(process)[0], signal.SIGKILL)
-    out, _ = process.communicate(timeout=MOST_S)
+    out = output_of(process, MOST_S)
     assert len(our_errors(out)) == 1 and "lost rank 0" in out
     moedist(2, cache, "train", "--resume", str(run))
     moedist(1, cache, *arguments, f"folder={tmp_path}/whole")
@@ -148,7 +148,7 @@ def test_without_a_launcher_the_others_end_by_themselves(tmp_path, cache, rank):
     wait_for_step(tmp_path, 3, processes[0])
     processes[rank].kill()
     since = time.monotonic()
-    out = "".join(p.communicate(timeout=MOST_S)[0] for p in processes)
+    out = "".join(output_of(p, MOST_S) for p in processes)
     assert time.monotonic() - since < MOST_S and all(p.returncode for p in processes)
     (line,) = our_errors(out)
     assert f"lost rank {rank} on {os.uname().nodename} (process {processes[rank].pid}): killed" in line
@@ -160,7 +160,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path, cache):
     wait_for_step(tmp_path, 3, processes[0])
     processes[1].send_signal(signal.SIGSTOP)
     try:
-        out = "".join(processes[r].communicate(timeout=MOST_S + 6)[0] for r in (0, 2))
+        out = "".join(output_of(processes[r], MOST_S + 6) for r in (0, 2))
     finally:
         processes[1].kill()
         processes[1].communicate()

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from tests.launching import QUICKSTART, TINY, command, metrics, moedist, only_run, start, wait_for_step
+from tests.launching import QUICKSTART, TINY, command, metrics, moedist, only_run, output_of, start, wait_for_step
 
 STEPS = 12
 
@@ -63,7 +63,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, cache, uninterrupted,
     run = wait_for_step(tmp_path, step, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    out, _ = process.communicate(timeout=30)
+    out = output_of(process, 30)
     assert process.returncode != 0 and "rank" in out
     if step < 4:
         moedist(2, cache, *arguments, "--resume", ok=False)  # no checkpoint yet: it says so
@@ -85,7 +85,7 @@ def test_a_signal_saves_and_resume_goes_on(tmp_path, cache, uninterrupted, how):
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out = output_of(process, 60)
     assert "stopped by a signal after step" in out and f"--resume {run}" in out
     assert len(list((run / "checkpoints").iterdir())) == 1
     moedist(2, cache, "train", "--resume", str(run))

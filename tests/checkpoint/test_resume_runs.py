@@ -9,7 +9,7 @@ import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
 from moedist.checkpoint import RunFolder, read_meta
-from tests.launching import QUICKSTART, ROOT, command, environment, metrics, moedist, only_run, wait_for_step
+from tests.launching import QUICKSTART, command, metrics, moedist, only_run, output_of, start_command, wait_for_step
 
 STEPS = 12
 COMMON = ["train", *QUICKSTART, f"phases=[{{train: {STEPS}}}]", "checkpoint.every=3", "checkpoint.keep=9", "model.dropout=0.1",
@@ -115,12 +115,11 @@ def test_torchrun_restarts_go_on_from_the_last_checkpoint(tmp_path, cache):
     folder = tmp_path / "killed"
     torchrun = command(2, *arguments, f"folder={folder}")
     torchrun[3:3] = ["--max-restarts", "2"]
-    process = subprocess.Popen(torchrun, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, start_new_session=True)
+    process = start_command(torchrun, cache)
     wait_for_step(folder, 5, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    out, _ = process.communicate(timeout=120)
+    out = output_of(process, 120)
     assert process.returncode == 0, out
     assert "lost rank" in out and "resuming after step" in out
     assert metrics(only_run(folder)) == metrics(only_run(tmp_path / "whole"))
