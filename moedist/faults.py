@@ -42,15 +42,13 @@ class Peer(NamedTuple):
 class Watch:
     """This rank's ear to the failures of others, and its mouth."""
 
-    def __init__(self, rank: int, peers: Sequence[Peer]):
+    def __init__(self, rank: int, life: str, peers: Sequence[Peer]):
         import torch.distributed as dist
         self.rank, self.peers = rank, peers
         self._keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        # a job that torchrun has restarted must not hear of its former life
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=timedelta(seconds=STORE_TIMEOUT_S), wait_for_workers=False)
-        self._store: Any = dist.PrefixStore(f"moedist/faults/{life}", store)
+        self._store: Any = dist.PrefixStore(f"moedist/{life}/faults", store)
         self._stopped, self._answered, self._answering = threading.Event(), False, threading.Lock()
         threading.Thread(target=self._listen, daemon=True, name="faults").start()
 
@@ -158,10 +156,10 @@ class Watch:
 _watch: Watch | None = None
 
 
-def start_watch(rank: int, peers: Sequence[Peer]) -> None:
-    """Start to hear of other ranks' failures. Every rank must call it, after torch.distributed has started."""
+def start_watch(rank: int, life: str, peers: Sequence[Peer]) -> None:
+    """Start to hear of other ranks' failures. Every rank must call it, after all have met (`moedist.meeting`)."""
     global _watch
-    _watch = Watch(rank, peers)
+    _watch = Watch(rank, life, peers)
 
 
 def stop_watch() -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from moedist.config import WorldConfig
 from moedist.errors import WorldError
 from moedist.faults import Peer, start_watch, stop_watch
+from moedist.meeting import meet
 from moedist.timing import Meter, Throttle
 
 NATIVE_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
@@ -160,7 +161,8 @@ class World:
         os.environ.setdefault("MASTER_PORT", "29500")
         timeout = timedelta(seconds=timeout_s)
         try:
-            dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=timeout)
+            store, life = meet(self.rank, self.size, timeout_s)
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise WorldError(f"rank {self.rank} of {self.size} could not reach the others at {where} within {timeout_s:g} "
@@ -175,7 +177,7 @@ class World:
         backend = NATIVE_BACKENDS.get(self.device.type)
         if one_vendor and own_device_each and backend and dist.is_backend_available(backend):
             self.native = dist.new_group(backend=backend, timeout=timeout)
-        start_watch(self.rank, [Peer(v[2], v[4]) for v in vendors])
+        start_watch(self.rank, life, [Peer(v[2], v[4]) for v in vendors])
 
     @property
     def is_main(self) -> bool:

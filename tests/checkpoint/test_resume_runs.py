@@ -4,12 +4,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
 from moedist.checkpoint import RunFolder, read_meta
 from tests.launching import QUICKSTART, command, metrics, moedist, only_run, output_of, start_command, wait_for_step
+from tests.ranks import free_port
 
 STEPS = 12
 COMMON = ["train", *QUICKSTART, f"phases=[{{train: {STEPS}}}]", "checkpoint.every=3", "checkpoint.keep=9", "model.dropout=0.1",
@@ -109,17 +111,41 @@ def test_a_requeued_job_starts_then_goes_on(tmp_path, cache, whole):
     assert metrics(run) == metrics(whole)
 
 
-def test_torchrun_restarts_go_on_from_the_last_checkpoint(tmp_path, cache):
-    arguments = [*COMMON, "checkpoint.asynchronous=false", "resume=auto"]
-    moedist(2, cache, *arguments, f"folder={tmp_path}/whole")
-    folder = tmp_path / "killed"
-    torchrun = command(2, *arguments, f"folder={folder}")
+RESTARTED = [*COMMON, "checkpoint.asynchronous=false", "resume=auto"]
+
+
+def test_torchrun_restarts_go_on_from_the_last_checkpoint(tmp_path, cache, whole_restarted):
+    torchrun = command(2, *RESTARTED, f"folder={tmp_path}")
     torchrun[3:3] = ["--max-restarts", "2"]
     process = start_command(torchrun, cache)
-    wait_for_step(folder, 5, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    kill_one(tmp_path, process)
     out = output_of(process, 120)
-    assert process.returncode == 0, out
-    assert "lost rank" in out and "resuming after step" in out
-    assert metrics(only_run(folder)) == metrics(only_run(tmp_path / "whole"))
+    assert process.returncode == 0 and "lost rank" in out and "resuming after step" in out, out
+    assert metrics(only_run(tmp_path)) == whole_restarted
+
+
+def test_all_nodes_restart_where_one_has_lost_a_rank(tmp_path, cache, whole_restarted):
+    """Two torchruns, as on two nodes: only that of the lost rank counts a restart."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "2", "--nnodes", "2", "--nproc-per-node", "1",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "nodes", "--local-addr",
+                "127.0.0.1", "-m", "moedist", *RESTARTED, f"folder={tmp_path}"]
+    nodes = [start_command(torchrun, cache) for _ in range(2)]
+    kill_one(tmp_path, nodes[1])
+    out = [output_of(node, 120) for node in nodes]
+    assert all(node.returncode == 0 for node in nodes) and "resuming after step" in "".join(out), "\n".join(out)
+    assert metrics(only_run(tmp_path)) == whole_restarted
+
+
+@pytest.fixture(scope="module")
+def whole_restarted(tmp_path_factory, cache):
+    """Losses without a restart."""
+    folder = tmp_path_factory.mktemp("whole_restarted")
+    moedist(2, cache, *RESTARTED, f"folder={folder}")
+    return metrics(only_run(folder))
+
+
+def kill_one(folder, launcher):
+    """Kill the launcher's last rank, after step 5."""
+    wait_for_step(folder, 5, launcher)
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
