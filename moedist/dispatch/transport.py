@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Sequence
+from typing import Any, Protocol, Sequence
 
 import torch
 import torch.distributed as dist
 
+from moedist.timing import Meter
 from moedist.world import World
 
 
+class Pending(Protocol):
+    """An exchange on its way."""
+
+    def wait(self) -> None:
+        """Return when `out` is filled and `buffer` may be changed."""
+
+
 class Transport(Protocol):
-    """The two collectives that dispatch needs. Every rank calls both, in the same order, with zero rows too."""
+    """The collectives that dispatch needs. Every rank calls them, in the same order, with zero rows too.
+
+    Rows may have any dtype and any trailing shape: bytes are moved.
+    """
 
     rank: int
     world_size: int
@@ -19,8 +30,19 @@ class Transport(Protocol):
     def all_gather_counts(self, counts: torch.Tensor) -> torch.Tensor:
         """Every rank's 1-D int64 vector, stacked on the CPU: [W, len]. On a GPU this is the one host sync of a layer."""
 
+    def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Pending:
+        """Begin to send `send[r]` rows of `buffer` to each rank r, in rank order, and to fill `out` with `receive[r]` rows
+        of each. Both stay alive and untouched until `wait`; every rank starts and waits in the same order."""
+
     def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
-        """Send `send[r]` rows of `buffer` to each rank r, in rank order, and fill `out` with `receive[r]` rows of each."""
+        """`start`, then `wait`."""
+
+
+class Done:
+    """Nothing is on its way."""
+
+    def wait(self) -> None:
+        pass
 
 
 class LocalTransport:
@@ -31,34 +53,69 @@ class LocalTransport:
     def all_gather_counts(self, counts: torch.Tensor) -> torch.Tensor:
         return counts.cpu().unsqueeze(0)
 
-    def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
+    def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Done:
         assert not len(buffer) and not len(out), "rows for another rank in a world of one"
+        return Done()
+
+    def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
+        self.start(buffer, send, receive, out).wait()
 
 
-class TorchDistTransport:
-    """torch.distributed: the native group where all ranks share a vendor, else gloo through host memory."""
+class GroupTransport:
+    """The ranks of a torch.distributed group.
 
-    def __init__(self, world: World):
-        self.world, self.rank, self.world_size = world, world.rank, world.size
+    Args:
+        group: the process group.
+        meter: is told of waiting.
+        native: a group of the accelerators' own library, which CPU tensors cannot use; counts then go over `control`.
+        control: a gloo group of the same ranks; None: `group` is one.
+    """
+
+    def __init__(self, group: Any, meter: Meter, native: bool = False, control: Any = None):
+        self.group, self.meter, self.native, self.control = group, meter, native, control or group
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
     def all_gather_counts(self, counts: torch.Tensor) -> torch.Tensor:
         gathered = torch.empty(self.world_size, len(counts), dtype=torch.int64)
         counts = counts.cpu()
-        with self.world.meter.waiting():
-            dist.all_gather(list(gathered), counts, group=self.world.control)
+        with self.meter.waiting():
+            dist.all_gather(list(gathered), counts, group=self.control)
         return gathered
 
-    def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
-        native = buffer.device.type != "cpu" and self.world.native is not None
-        if native or buffer.device.type == "cpu":
+    def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Pending:
+        on_cpu = buffer.device.type == "cpu"
+        if on_cpu or self.native:
             sent, received = buffer, out
         else:  # ranks of several kinds: bytes through host memory
             sent, received = buffer.cpu(), torch.empty(out.shape, dtype=out.dtype)
-        with self.world.meter.waiting():
-            dist.all_to_all_single(received, sent, list(receive), list(send),
-                                   group=self.world.native if native else self.world.control)
-        if received is not out:
-            out.copy_(received)
+        with self.meter.waiting():
+            work = dist.all_to_all_single(received, sent, list(receive), list(send), async_op=True,
+                                          group=self.control if on_cpu else self.group)
+        return _Work(work, self.meter, sent, received, out)
+
+    def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
+        self.start(buffer, send, receive, out).wait()
+
+
+class _Work:
+    """A collective of torch.distributed, with what it reads and writes."""
+
+    def __init__(self, work: Any, meter: Meter, sent: torch.Tensor, received: torch.Tensor, out: torch.Tensor):
+        self._work, self._meter, self._sent, self._received, self._out = work, meter, sent, received, out
+
+    def wait(self) -> None:
+        with self._meter.waiting():
+            self._work.wait()
+        if self._received is not self._out:
+            self._out.copy_(self._received)
+
+
+class TorchDistTransport(GroupTransport):
+    """torch.distributed over all ranks: the native group where they share a vendor, else gloo through host memory."""
+
+    def __init__(self, world: World):
+        native = world.native is not None
+        super().__init__(world.native if native else world.control, world.meter, native, world.control)
 
 
 def build_transport(world: World) -> Transport:
