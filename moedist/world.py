@@ -2,7 +2,8 @@
 
 The world process group is gloo: control messages and CPU tensors. Where every rank has an accelerator of one vendor,
 tensors travel over a second, native group (`nccl`, which NCCL and RCCL both answer to); otherwise they go through host
-memory over gloo, so that GPU and CPU ranks can share a job. All that knows about vendors is in this file.
+memory over gloo, so that GPU and CPU ranks can share a job. Ranks of several vendors form islands (`moedist.islands`), each
+with a native group of its own. All that knows about vendors is in this file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from moedist.config import WorldConfig
 from moedist.errors import WorldError
 from moedist.faults import Peer, start_watch, stop_watch
+from moedist.islands import Islands, number_islands
 from moedist.meeting import meet
 from moedist.timing import Meter, Throttle
 
@@ -132,6 +134,8 @@ class World:
     control: Any = None  # gloo group; None in a world of one
     native: Any = None  # nccl/xccl group where all ranks share one vendor, else None
     islands: tuple[int, ...] = (0,)  # island of every rank: ranks that share a native collective library
+    transport: str = "torchdist"  # who carries rows: torchdist, mpi or islands
+    groups: Islands | None = None  # process groups of the islands, where they carry rows
     meter: Meter = field(default_factory=Meter)
 
     @classmethod
@@ -151,12 +155,11 @@ class World:
         world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device,
                     meter=Meter(Throttle(slowdown, device), device))
         if launch.size > 1:
-            world._connect(config.timeout_s)
-        if config.islands is not None:
-            world.islands = tuple(config.islands)
+            world._connect(config)
         return world
 
-    def _connect(self, timeout_s: float) -> None:
+    def _connect(self, config: WorldConfig) -> None:
+        timeout_s = config.timeout_s
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         timeout = timedelta(seconds=timeout_s)
@@ -169,14 +172,20 @@ class World:
                              f"s ({str(error).splitlines()[0]}); check MASTER_ADDR and the network") from error
         self.control = dist.group.WORLD
         here = Peer.here()
-        vendors = self.gather_objects((vendor_of(self.device), self.device.type, here.host, self.device.index, here.pid))
-        names = list(dict.fromkeys(v[0] for v in vendors))
-        self.islands = tuple(names.index(v[0]) for v in vendors)
-        one_vendor = len({v[:2] for v in vendors}) == 1
-        own_device_each = len(set(v[2:4] for v in vendors)) == self.size  # NCCL refuses two ranks on one GPU
         backend = NATIVE_BACKENDS.get(self.device.type)
-        if one_vendor and own_device_each and backend and dist.is_backend_available(backend):
+        backend = backend if backend and dist.is_backend_available(backend) else None
+        vendors = self.gather_objects((self.vendor, self.device.type, here.host, self.device.index, here.pid, backend))
+        self.islands = number_islands([v[0] for v in vendors] if config.islands is None else config.islands)
+        one_vendor = len({v[:2] for v in vendors}) == 1
+        devices = [v[2:4] for v in vendors]
+        own_device = [devices.count(device) == 1 for device in devices]  # NCCL refuses two ranks on one GPU
+        if one_vendor and all(own_device) and backend:
             self.native = dist.new_group(backend=backend, timeout=timeout)
+        several = len(set(self.islands)) > 1
+        self.transport = ("islands" if several else "torchdist") if config.transport == "auto" else config.transport
+        if self.transport == "islands" and several:
+            backends = [v[5] if own else None for v, own in zip(vendors, own_device)]
+            self.groups = Islands.connect(self.islands, self.rank, backends, timeout)
         start_watch(self.rank, life, [Peer(v[2], v[4]) for v in vendors])
 
     @property
@@ -199,7 +208,7 @@ class World:
         stop_watch()
         if self.control is not None and dist.is_initialized():
             dist.destroy_process_group()
-        self.control = self.native = None
+        self.control = self.native = self.groups = None
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -240,6 +249,13 @@ class World:
         if other:
             raise WorldError(f"ranks {other} have another {what} than rank 0 ({digests[other[0]][:12]} and "
                              f"{digests[0][:12]}); {way_out}")
+
+    def sum_gradients_(self, flat: torch.Tensor) -> torch.Tensor:
+        """Sum a contiguous 1-D tensor over all ranks, in place; by islands where they have groups. Equal on all ranks."""
+        if self.groups is None:
+            return self.all_reduce_(flat)
+        with self.meter.waiting():
+            return self.groups.sum_(flat)
 
     def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduce a contiguous tensor over all ranks, in place; staged through host memory where no native group is."""

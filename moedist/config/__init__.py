@@ -6,12 +6,12 @@ from moedist.config.load import (
 )
 from moedist.config.ranks import for_ranks
 from moedist.config.schema import (
-    CheckpointConfig, CompressConfig, Config, DataConfig, EngineConfig, ModelConfig, MonitorConfig, PlacementConfig,
-    RouterConfig, TrainConfig, WorldConfig, key,
+    CheckpointConfig, CompressConfig, Config, DataConfig, DispatchConfig, EngineConfig, ModelConfig, MonitorConfig,
+    PlacementConfig, RouterConfig, TrainConfig, WorldConfig, key,
 )
 
 __all__ = [
-    "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "EngineConfig", "ModelConfig", "MonitorConfig",
-    "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig", "check_config", "compress_config", "compress_options",
-    "config_from_dict", "describe_keys", "for_ranks", "key", "load_config", "load_dataclass", "to_yaml",
+    "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "ModelConfig",
+    "MonitorConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig", "check_config", "compress_config",
+    "compress_options", "config_from_dict", "describe_keys", "for_ranks", "key", "load_config", "load_dataclass", "to_yaml",
 ]

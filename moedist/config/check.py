@@ -19,6 +19,11 @@ CHOICES = {
     "train.schedule": ("cosine", "linear", "constant"),
     "train.optimizer": ("adamw", "sgd"),
     "placement.planner": ("measured", "equal"),
+    "world.transport": ("auto", "torchdist", "mpi", "islands"),
+    "dispatch.dedup": ("auto", "none", "rank", "island"),
+    "dispatch.cross_dtype": (None, "bfloat16", "int8"),
+    "dispatch.cross_dtype_backward": (None, "bfloat16", "int8"),
+    "dispatch.overlap": ("auto", True, False),
     "engine.name": ("torch", "deepspeed"),
     "engine.offload": ("none", "cpu"),
     "monitor.wandb": ("auto", "online", "offline", "disabled"),
@@ -27,7 +32,7 @@ CHOICES = {
 POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
             "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
             "train.accumulate", "train.lr", "world.timeout_s", "monitor.log_every", "checkpoint.keep",
-            "placement.probe_s")
+            "placement.probe_s", "dispatch.overlap_chunks")
 NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
                 "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",
                 "train.clip", "train.eval_every", "checkpoint.every", "checkpoint.keep_best", "model.init_std",
@@ -50,7 +55,20 @@ def check_config(config: Config, world_size: int) -> None:
                           f"set train.batch={t.batch + t.accumulate - t.batch % t.accumulate}")
     _check_engine(config)
     _check_ranks(config, world_size)
+    _check_transport(config)
     _check_checkpoint(config)
+
+
+def _check_transport(config: Config) -> None:
+    w, d = config.world, config.dispatch
+    if w.transport == "mpi":
+        raise ConfigError("world.transport=mpi is not there yet; set world.transport=torchdist, islands or auto")
+    if w.transport in ("torchdist", "mpi"):
+        for name, value in (("dedup=island", d.dedup == "island"), ("cross_dtype", d.cross_dtype),
+                            ("cross_dtype_backward", d.cross_dtype_backward)):
+            if value:
+                raise ConfigError(f"dispatch.{name} is about rows between islands, but world.transport={w.transport} does not "
+                                  "tell them apart; set world.transport=islands")
 
 
 def _check_checkpoint(config: Config) -> None:
@@ -91,8 +109,11 @@ def _check_ranks(config: Config, world_size: int) -> None:
         value = _get(config, name)
         if value is not None and len(value) != world_size:
             raise ConfigError(f"{name} has {len(value)} entries for {world_size} ranks; give one per rank")
-        if value is not None and min(value) < 0:
+        if value is not None and name != "world.islands" and min(value) < 0:
             raise ConfigError(f"{name} is {value}; all must be 0 or more")
+    unnamed = [island for island in config.world.islands or () if not isinstance(island, (int, str))]
+    if unnamed:
+        raise ConfigError(f"world.islands has {unnamed[0]!r}; an island is a whole number or a name, such as [nvidia, amd]")
     for name in ("placement.speeds", "placement.dense_speeds"):
         if (value := _get(config, name)) is not None and max(value) <= 0:
             raise ConfigError(f"{name} is {value}; one of them must be above 0")
@@ -105,7 +126,7 @@ def _check_ranks(config: Config, world_size: int) -> None:
 def _check_values(config: Config) -> None:
     for name, allowed in CHOICES.items():
         if (value := _get(config, name)) not in allowed:
-            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(_as_yaml, allowed))}")
     for name in POSITIVE:
         if (value := _get(config, name)) <= 0:
             raise ConfigError(f"{name} is {value}; it must be above 0")
@@ -189,6 +210,10 @@ def _check_compress(config: Config, c: CompressConfig, where: str, world_size: i
         raise ConfigError(f"{where} has tokens={c.tokens}, calibration_bytes={c.calibration_bytes}, distill_lr="
                           f"{c.distill_lr:g} (each above 0), distill_steps={c.distill_steps} (0 or more), floor={c.floor:g} "
                           "(at least 0 and below 1); one of them is out of its range")
+
+
+def _as_yaml(value: str | bool | None) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, value)
 
 
 def _get(config: Config, name: str):

@@ -24,8 +24,11 @@ class WorldConfig:
     device: str = key("auto", "auto (the accelerator if there is one), cpu, or a torch device name; a comma-separated "
                               "list gives one per rank (cuda,cpu: rank 0 on a GPU, rank 1 on the CPU)")
     timeout_s: float = key(300.0, "seconds a collective waits for a silent rank before the run ends with an error")
-    islands: Optional[list[int]] = key(None, "island of every rank, such as [0, 0, 1, 1]: ranks that share a collective "
-                                             "library (null: one island a vendor)")
+    transport: str = key("auto", "who carries rows between ranks: torchdist, mpi, islands (the native library inside an "
+                                 "island, host memory between islands) or auto (islands where there are several, else "
+                                 "torchdist)")
+    islands: Optional[list[Any]] = key(None, "island of every rank, such as [0, 0, 1, 1] or [nvidia, nvidia, amd, amd]: ranks "
+                                             "that share a collective library (null: one island a vendor)")
     slowdown: Optional[dict[int, list[float]]] = key(None, "step -> how many times slower each rank computes from then on, "
                                                            "such as {0: [4, 8, 16, 32]}: a laptop plays an uneven cluster "
                                                            "(null: not at all)")
@@ -118,6 +121,20 @@ class PlacementConfig:
 
 
 @dataclass(frozen=True)
+class DispatchConfig:
+    dedup: str = key("auto", "how often a token's row is sent: none (to each of its experts), rank (once to a rank, however "
+                             "many of its experts are there), island (once to an island, and on from there) or auto (island "
+                             "where there are several and top_k is above 1, else none)")
+    cross_dtype: Optional[str] = key(None, "how rows travel between islands in the forward pass: bfloat16, int8 (absmax scale "
+                                           "a row) or null (as they are)")
+    cross_dtype_backward: Optional[str] = key(None, "the same for their gradients")
+    overlap: Any = key("auto", "compute a rank's own rows while others travel: true, false or auto (true where there are "
+                               "several islands)")
+    overlap_chunks: int = key(1, "pieces that a rank's tokens are cut into; the rows of one travel while those of another are "
+                                 "computed, in as many more exchanges")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     batch: int = key(16, "sequences of one optimizer step, over all ranks")
     accumulate: int = key(1, "parts the batch is cut into, one forward and backward each")
@@ -192,6 +209,7 @@ class Config:
     model: ModelConfig = key(ModelConfig, "what is trained")
     router: RouterConfig = key(RouterConfig, "how tokens choose experts")
     placement: PlacementConfig = key(PlacementConfig, "which rank owns which experts and how much of the batch")
+    dispatch: DispatchConfig = key(DispatchConfig, "how rows travel to experts and back")
     train: TrainConfig = key(TrainConfig, "how it is trained")
     engine: EngineConfig = key(EngineConfig, "who holds the dense parameters")
     phases: list[Any] = key(lambda: [{"train": 300}], "the schedule, one entry a phase: {train: steps}, or {compress: "

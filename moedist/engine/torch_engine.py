@@ -41,7 +41,7 @@ class TorchEngine(Engine):
         for i, grad in enumerate(grads):
             bucket.append(grad)
             if i + 1 == len(grads) or sum(g.numel() * g.element_size() for g in bucket) >= BUCKET_BYTES:
-                flat = self.world.all_reduce_(torch.cat([g.reshape(-1) for g in bucket]))
+                flat = self.world.sum_gradients_(torch.cat([g.reshape(-1) for g in bucket]))
                 torch._foreach_copy_(bucket, [part.view_as(g) for part, g in
                                               zip(flat.split([g.numel() for g in bucket]), bucket)])
                 bucket = []
