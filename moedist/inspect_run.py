@@ -165,7 +165,7 @@ class _TokenWatch:
         keys = self.keys_GS
         if routed.mix_in is not None:  # a row that mixes tokens is taken for the one it has most of
             keys = keys.gather(1, routed.mix_in.argmax(2))
-        arrived, _ = self.moe.dispatcher.dispatch(keys.reshape(-1, 1), routed.token_ids_N, routed.expert_ids_N)
+        arrived, _ = self.moe.dispatcher.plain.dispatch(keys.reshape(-1, 1), routed.token_ids_N, routed.expert_ids_N)
         for e, x, keys_n in zip(self.moe.bank.expert_ids, rows_RD.split(counts), arrived.squeeze(1).split(counts)):
             real = keys_n < self.real  # not what fills up the last sequence
             if e in self.top and real.any():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Iterator, Mapping
 
 import torch
@@ -18,12 +18,37 @@ LEAST_SLEEP_S = 2e-4  # a shorter sleep costs more than it lasts; what is owed i
 MOST_CREDIT_S = 0.1  # of time lost to others that later stretches make up for; more, and a rank held up long were not slow
 
 
+@dataclass
+class Traffic:
+    """What this rank's rows of one layer did on one kind of link in one step, forward and backward.
+
+    Attributes:
+        bytes: sent to other ranks.
+        transfer_s: from the start to the end of exchanges; wait_s: of these seconds, those in which the rank stood still.
+        rows: sent to experts in the forward pass; pairs: what they would be if a token went to each expert by itself.
+        square, square_error: of a sample of the rows that were rounded for the link, and of what rounding did to them.
+    """
+
+    bytes: int = 0
+    transfer_s: float = 0.0
+    wait_s: float = 0.0
+    rows: int = 0
+    pairs: int = 0
+    square: float | torch.Tensor = 0.0
+    square_error: float | torch.Tensor = 0.0
+
+
+Links = dict[tuple[int, str], Traffic]  # by layer, and "own" (island) or "other" (islands)
+
+
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of this rank in one step: in the experts of each layer, and computing outside experts and collectives."""
+    """Seconds of this rank in one step: in the experts of each layer, and computing outside experts and collectives; and
+    what travelled."""
 
     expert_s: dict[int, float]
     dense_s: float
+    links: Links = field(default_factory=dict)
 
 
 class Throttle:
@@ -83,6 +108,7 @@ class Meter:
         self._expert_s: defaultdict[int, float] = defaultdict(float)
         self._events: list[tuple[int, torch.Event, torch.Event]] = []
         self._waiting_s = 0.0
+        self._links: defaultdict[tuple[int, str], Traffic] = defaultdict(Traffic)
         self.throttle.at_step(step)
         self._start = time.perf_counter()
 
@@ -111,6 +137,10 @@ class Meter:
             end.record()
             self._events.append((layer, begin, end))
 
+    def traffic(self, layer: int, link: str) -> Traffic:
+        """To be added to: what travels in this step."""
+        return self._links[layer, link]
+
     def take(self) -> StepTimes:
         """The times since `begin`; on an accelerator this waits for its queue."""
         self.throttle.catch_up()
@@ -120,4 +150,4 @@ class Meter:
                 self._expert_s[layer] += begin.elapsed_time(end) / 1e3
             self._events.clear()
         busy = time.perf_counter() - self._start - self._waiting_s
-        return StepTimes(dict(self._expert_s), max(0.0, busy - sum(self._expert_s.values())))
+        return StepTimes(dict(self._expert_s), max(0.0, busy - sum(self._expert_s.values())), dict(self._links))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 
 from moedist.config import RouterConfig
-from moedist.dispatch import Dispatcher, Layout, build_transport
+from moedist.dispatch import Layout, Sharing, Transport, build_dispatcher, build_transport
+from moedist.islands import Islands
 from moedist.model.experts import build_bank
 from moedist.model.feed_forward import FeedForward
 from moedist.model.initialise import fill_normal
@@ -26,7 +28,7 @@ class Case:
 
     `owners[e]` is a rank, or a tuple of ranks that hold copies, `shares[e]` then their shares (none given: equal);
     `sequences[r]` are the sequences of rank r. `kinds[e]` says how the matrices of expert e are stored (none given: dense),
-    see `tests.model.expert_forms`.
+    see `tests.model.expert_forms`. `islands[r]` is the island of rank r (none given: there are none).
     """
 
     owners: tuple[int | tuple[int, ...], ...]
@@ -44,6 +46,8 @@ class Case:
     training: bool = True
     shares: tuple[tuple[float, ...], ...] = ()
     kinds: tuple[str, ...] = ()
+    islands: tuple[int, ...] = ()
+    sharing: Sharing = Sharing()
 
     def plan(self) -> LayerPlan:
         owners = tuple(o if isinstance(o, tuple) else (o,) for o in self.owners)
@@ -51,8 +55,8 @@ class Case:
 
     def alone(self) -> "Case":
         """The same case in a world of one."""
-        fields = {**self.__dict__, "owners": (0,) * len(self.owners), "shares": (), "sequences": (sum(self.sequences),)}
-        return Case(**fields)
+        return replace(self, owners=(0,) * len(self.owners), shares=(), sequences=(sum(self.sequences),), islands=(),
+                       sharing=Sharing())
 
 
 @dataclass
@@ -92,6 +96,18 @@ def run_case(world: World, case: Case, device: str = "cpu", dtype: torch.dtype =
                   {k: float(v) for k, v in report.stats.items()})
 
 
+_groups: dict[tuple[int, ...], Islands] = {}  # of this rank: groups are made once
+
+
+def transport_of(world: World, islands: tuple[int, ...]) -> Transport:
+    """The world's transport, or one of islands that are these. Collective."""
+    if not islands:
+        return build_transport(world)
+    if islands not in _groups:
+        _groups[islands] = Islands.connect(islands, world.rank, [None] * world.size, timedelta(seconds=100))
+    return build_transport(replace(world, islands=islands, groups=_groups[islands]))
+
+
 def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float64):
     experts = len(case.owners)
     layout = Layout(case.plan(), world.rank, world.size)
@@ -103,7 +119,8 @@ def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtyp
     config = RouterConfig(name=case.router, capacity_factor=case.capacity_factor, bias_rate=0.1 if case.bias else 0.0)
     router = build_router(case.width, experts, case.top_k, config, case.sequence)
     shared = FeedForward(case.width, case.shared, case.activation) if case.shared else None
-    layer = MoELayer(router, bank, Dispatcher(layout, build_transport(world), torch.device(device)), shared)
+    dispatcher = build_dispatcher(layout, transport_of(world, case.islands), torch.device(device), case.sharing)
+    layer = MoELayer(router, bank, dispatcher, shared, world.meter)
     layer.to(device=device, dtype=dtype)
     for name, p in layer.named_parameters():
         fill_normal(p, 0.5, 1, name)

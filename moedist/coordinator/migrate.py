@@ -12,7 +12,7 @@ from collections import defaultdict
 
 import torch
 
-from moedist.dispatch import Dispatcher, Layout, Transport
+from moedist.dispatch import Layout, Transport
 from moedist.engine import Engine
 from moedist.model import Bank, BankTensors, ExpertForm, build_bank
 from moedist.model.bank import joined, spread
@@ -31,7 +31,7 @@ def migrate(world: World, engine: Engine, new: Plan) -> int:
         dispatcher, layout = moe.dispatcher, Layout(new.layer(layer), world.rank, world.size)
         tensors = engine.experts.tensors(layer)
         if layout.plan.owners == dispatcher.layout.plan.owners:  # at most the shares differ
-            moe.place(moe.bank, Dispatcher(layout, dispatcher.transport, moe.bank.device))
+            moe.place(moe.bank, dispatcher.for_layout(layout))
             moments[layer] = tensors[1:]
             continue
         rounds = rounds_of_moves(dispatcher.layout.plan, layout.plan)
@@ -42,7 +42,7 @@ def migrate(world: World, engine: Engine, new: Plan) -> int:
             spread(joined(_blocks(moe.bank, e, tensors)), _blocks(bank, e, target))
         for moves in rounds:
             _carry_out(moves, moe.bank, tensors, bank, target, dispatcher.transport)
-        moe.place(bank, Dispatcher(layout, dispatcher.transport, bank.device))
+        moe.place(bank, dispatcher.for_layout(layout))
         model.banks[layer] = bank
         moments[layer] = target[1:]
     engine.placed(moments)

@@ -12,7 +12,7 @@ T tokens, D width, E experts, N rows sent, R rows received, L local experts, W r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 
@@ -22,14 +22,30 @@ from moedist.dispatch.segments import GatherRows, PermuteRows, WeightedSum
 from moedist.dispatch.transport import Transport
 
 
+Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (rows sorted by local expert, rows of each) -> results
+
+
 @dataclass(frozen=True)
-class Meta:
-    """How rows were sent, for `combine` and for metrics.
+class Loads:
+    """Who computes how many rows, one for every token at every one of its experts; the same on every rank.
 
     Attributes:
-        load_WE: int64 on the CPU, rows that each rank sent to each expert: the whole load matrix, on every rank.
+        load_WE: int64 on the CPU, rows that each rank sent to each expert: the whole load matrix.
         rows_P: rows of every placement (CPU), see `Layout`; rows_W: rows that the experts of each rank receive.
         extra_W: what each rank added to the count exchange, [W, len(extra)].
+    """
+
+    load_WE: torch.Tensor
+    rows_P: torch.Tensor
+    rows_W: list[int]
+    extra_W: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Meta(Loads):
+    """How rows were sent, for `combine`.
+
+    Attributes:
         expert_counts_L: rows of each local expert.
         send, receive: rows to and from every rank, own included.
         token_N: the source of each sent row, in sending order.
@@ -37,10 +53,6 @@ class Meta:
         to_expert_R, to_arrival_R: permutation of arrivals to expert order and back; None where they are in order.
     """
 
-    load_WE: torch.Tensor
-    rows_P: torch.Tensor
-    rows_W: list[int]
-    extra_W: torch.Tensor
     expert_counts_L: list[int]
     send: list[int]
     receive: list[int]
@@ -57,6 +69,26 @@ class Dispatcher:
     def __init__(self, layout: Layout, transport: Transport, device: torch.device = torch.device("cpu")):
         self.layout, self.transport = layout, transport
         self.slot_of_expert_E = layout.slot_of_expert_E.to(device)
+
+    @property
+    def plain(self) -> "Dispatcher":
+        """The dispatcher that sends every row by itself, for those who want to see all rows of an expert at once."""
+        return self
+
+    def for_layout(self, layout: Layout) -> "Dispatcher":
+        """The same for another placement."""
+        return Dispatcher(layout, self.transport, self.slot_of_expert_E.device)
+
+    def run(self, x_TD: torch.Tensor, token_ids_N: torch.Tensor, expert_ids_N: torch.Tensor, weights_N: torch.Tensor,
+            extra: torch.Tensor, experts: Experts) -> tuple[Callable[[], torch.Tensor], Loads]:
+        """Dispatch, experts, combine.
+
+        Returns:
+            (finish, loads): `finish` gives what `combine` does. A dispatcher that overlaps is waiting for rows until then.
+        """
+        rows, meta = self.dispatch(x_TD, token_ids_N, expert_ids_N, extra)
+        y_TD = self.combine(experts(rows, meta.expert_counts_L), weights_N, meta)
+        return lambda: y_TD, meta
 
     def dispatch(self, x_TD: torch.Tensor, token_ids_N: torch.Tensor, expert_ids_N: torch.Tensor,
                  extra: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, Meta]:

@@ -6,8 +6,7 @@ from typing import Sequence
 
 import torch
 
-from moedist.dispatch.transport import GroupTransport, LocalTransport, Pending, TorchDistTransport, Transport
-from moedist.world import World
+from moedist.dispatch.transport import Pending, Transport
 
 
 class IslandsTransport:
@@ -29,7 +28,7 @@ class IslandsTransport:
         return self.outer.all_gather_counts(counts)
 
     def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Pending:
-        if buffer.device.type == "cpu" and getattr(self.native, "native", False):
+        if buffer.device.type == "cpu" and getattr(self.native, "accelerated", False):
             return self.outer.start(buffer, send, receive, out)  # the accelerators' library takes no CPU tensors
         sent, received = buffer.split(list(send)), out.split(list(receive))
         outside = [None if r in self.members else r for r in range(self.world_size)]
@@ -68,14 +67,3 @@ def _start(transport: Transport, sent: Sequence[torch.Tensor], received: Sequenc
     out = buffer.new_empty(sum(receive), *buffer.shape[1:])
     parts = [received[r] for r in ranks if r is not None]
     return _Scattered(transport.start(buffer, send, receive, out), out, parts)
-
-
-def build_transport(world: World) -> Transport:
-    """The transport for this world: of islands where they have groups."""
-    if world.size == 1:
-        return LocalTransport()
-    if world.groups is None:
-        return TorchDistTransport(world)
-    groups = world.groups
-    native = LocalTransport() if groups.own is None else GroupTransport(groups.own, world.meter, groups.native)
-    return IslandsTransport(world.islands, native, GroupTransport(world.control, world.meter))

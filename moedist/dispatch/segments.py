@@ -48,6 +48,23 @@ class GatherRows(torch.autograd.Function):
         return segment_sum(grad_ND.contiguous(), *ctx.saved_tensors), None, None, None
 
 
+class SumRows(torch.autograd.Function):
+    """y[t] = sum of the rows of token t; backward hands each row its token's gradient. The adjoint of `GatherRows`.
+
+    Args of `apply`: rows_ND; token_N, by_token_N, starts_T as there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: torch.Tensor, token_N: torch.Tensor, by_token_N: torch.Tensor,
+                starts_T: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(token_N)
+        return segment_sum(rows_ND, by_token_N, starts_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple:
+        return grad_TD.index_select(0, ctx.saved_tensors[0]), None, None, None
+
+
 class PermuteRows(torch.autograd.Function):
     """rows[i] = x[index[i]] for a permutation; backward is the inverse permutation, again a gather."""
 

@@ -68,12 +68,12 @@ class GroupTransport:
     Args:
         group: the process group.
         meter: is told of waiting.
-        native: a group of the accelerators' own library, which CPU tensors cannot use; counts then go over `control`.
+        accelerated: the group is of the accelerators' own library, which CPU tensors cannot use: they go over `control`.
         control: a gloo group of the same ranks; None: `group` is one.
     """
 
-    def __init__(self, group: Any, meter: Meter, native: bool = False, control: Any = None):
-        self.group, self.meter, self.native, self.control = group, meter, native, control or group
+    def __init__(self, group: Any, meter: Meter, accelerated: bool = False, control: Any = None):
+        self.group, self.meter, self.accelerated, self.control = group, meter, accelerated, control or group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
     def all_gather_counts(self, counts: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class GroupTransport:
 
     def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Pending:
         on_cpu = buffer.device.type == "cpu"
-        if on_cpu or self.native:
+        if on_cpu or self.accelerated:
             sent, received = buffer, out
         else:  # ranks of several kinds: bytes through host memory
             sent, received = buffer.cpu(), torch.empty(out.shape, dtype=out.dtype)

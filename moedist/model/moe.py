@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import nn
 
-from moedist.dispatch import Dispatcher
+from moedist.dispatch import AnyDispatcher
 from moedist.model.bank import Bank
 from moedist.model.feed_forward import FeedForward
 from moedist.routing import Assignment, Router, RouterInput, balance_loss_sum
@@ -49,18 +49,19 @@ class MoELayer(nn.Module):
     replicated.
 
     Attributes:
-        watch: None, or called in every forward pass with (rows that arrived, what their experts made of them, rows of each
-            local expert, what the router of this rank wanted); what it returns takes the place of the experts' results.
+        watch: None, or called once in every forward pass with (rows that arrived, what their experts made of them, rows of
+            each local expert, what the router of this rank wanted); what it returns takes the place of the experts' results.
+            Set on all ranks or on none: rows then travel by `Dispatcher.plain`, which the watch may use too.
     """
 
-    def __init__(self, router: Router, bank: Bank, dispatcher: Dispatcher, shared: FeedForward | None = None,
+    def __init__(self, router: Router, bank: Bank, dispatcher: AnyDispatcher, shared: FeedForward | None = None,
                  meter: Meter | None = None):
         super().__init__()
         self.router, self.shared, self.meter = router, shared, meter
         self.watch: Watch | None = None
         self.place(bank, dispatcher)
 
-    def place(self, bank: Bank, dispatcher: Dispatcher) -> None:
+    def place(self, bank: Bank, dispatcher: AnyDispatcher) -> None:
         """Take other experts, and the dispatcher that knows where all are."""
         self._bank = (bank,)  # a tuple hides it from nn.Module
         self.dispatcher = dispatcher
@@ -74,23 +75,25 @@ class MoELayer(nn.Module):
         x_GSD = inputs.x_GSD
         routed = self.router(inputs)
         source = x_GSD if routed.mix_in is None else routed.mix_in.to(x_GSD.dtype) @ x_GSD
-        rows, meta = self.dispatcher.dispatch(source.flatten(0, 1), routed.token_ids_N, routed.expert_ids_N,
-                                              extra=routed.demand_E)
         timed = functools.partial(self.meter.expert, self.bank.layer) if self.meter and self.training else nullcontext
-        arrived = rows
-        rows = self.bank(arrived, meta.expert_counts_L, timed)
-        if self.watch is not None:
-            rows = self.watch(arrived, rows, meta.expert_counts_L, routed)
-        y = self.dispatcher.combine(rows, routed.weights_N, meta).view_as(source)
+
+        def experts(rows_RD: torch.Tensor, counts_L: list[int]) -> torch.Tensor:
+            results = self.bank(rows_RD, counts_L, timed)
+            return results if self.watch is None else self.watch(rows_RD, results, counts_L, routed)
+
+        dispatcher = self.dispatcher if self.watch is None else self.dispatcher.plain
+        finish, loads = dispatcher.run(source.flatten(0, 1), routed.token_ids_N, routed.expert_ids_N, routed.weights_N,
+                                       routed.demand_E, experts)
+        shared = None if self.shared is None else self.shared(x_GSD)  # while rows travel back
+        y = finish().view_as(source)
         if routed.mix_out is not None:
             y = routed.mix_out.to(y.dtype) @ y
-        if self.shared is not None:
-            shared = self.shared(x_GSD)
+        if shared is not None:
             if routed.shared_gate_T1 is not None:
                 shared = shared * routed.shared_gate_T1.to(shared.dtype).view(*x_GSD.shape[:2], 1)
             y = y + shared.to(y.dtype)
-        demand_E = meta.extra_W.sum(0)
+        demand_E = loads.extra_W.sum(0)
         aux = dict(routed.aux_losses)
         if routed.prob_sum_E is not None:
             aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device))
-        return y, LayerReport(aux, routed.stats, meta.load_WE, meta.rows_P, meta.rows_W, demand_E)
+        return y, LayerReport(aux, routed.stats, loads.load_WE, loads.rows_P, loads.rows_W, demand_E)

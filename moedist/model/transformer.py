@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from moedist.config import Config, ModelConfig
-from moedist.dispatch import Dispatcher, Layout, Transport
+from moedist.dispatch import Layout, Transport, build_dispatcher, choose_sharing
 from moedist.errors import ConfigError
 from moedist.model.activations import ACTIVATIONS
 from moedist.model.bank import Bank
@@ -146,6 +146,8 @@ class Transformer(nn.Module):
         whole = ExpertForm.dense(m.width, m.expert_hidden, ACTIVATIONS[m.activation] == 2)
         self.banks: dict[int, Bank] = _Hidden()
         blocks = []
+        # a row of Soft MoE mixes tokens for one expert
+        sharing = choose_sharing(config.dispatch, transport, 1 if config.router.name == "soft_moe" else m.top_k)
         for i in range(m.layers):
             if i in config.moe_layers():
                 layout = Layout(plan.layer(i), transport.rank, transport.world_size)
@@ -155,7 +157,8 @@ class Transformer(nn.Module):
                 router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
                 shared = FeedForward(m.width, m.expert_hidden * m.shared_experts, m.activation) \
                     if m.shared_experts else None
-                ffn: nn.Module = MoELayer(router, bank, Dispatcher(layout, transport, device), shared, meter)
+                dispatcher = build_dispatcher(layout, transport, device, sharing, i, meter)
+                ffn: nn.Module = MoELayer(router, bank, dispatcher, shared, meter)
             else:
                 ffn = FeedForward(m.width, m.ffn_hidden, m.activation)
             blocks.append(Block(m, ffn))

@@ -14,7 +14,7 @@ import torch
 
 from moedist.compress import Calibration, Expert, calibrate, calibration_bytes
 from moedist.data import TrainStream
-from moedist.dispatch import Dispatcher, Layout
+from moedist.dispatch import Layout
 from moedist.model import Batch, MoELayer, Transformer
 from moedist.phases.evaluation import EVAL_SEED, forward_loss
 from moedist.placement import LayerPlan, equal_counts
@@ -120,7 +120,7 @@ def primaries_only(model: Transformer) -> Iterator[None]:
         plan = dispatcher.layout.plan
         shares = tuple((1.0, *(0.0 for _ in owners[1:])) for owners in plan.owners)
         layout = Layout(LayerPlan(plan.owners, shares), dispatcher.layout.rank, dispatcher.layout.world_size)
-        moe.place(moe.bank, Dispatcher(layout, dispatcher.transport, moe.bank.device))
+        moe.place(moe.bank, dispatcher.for_layout(layout))
     try:
         yield
     finally:

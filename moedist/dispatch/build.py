@@ -1,0 +1,50 @@
+"""The transport and the dispatchers that a configuration asks for."""
+
+from __future__ import annotations
+
+from typing import Union
+
+import torch
+
+from moedist.config import DispatchConfig
+from moedist.dispatch.dedup import DedupDispatcher, Sharing
+from moedist.dispatch.dispatcher import Dispatcher
+from moedist.dispatch.islands import IslandsTransport
+from moedist.dispatch.layout import Layout
+from moedist.dispatch.transport import GroupTransport, LocalTransport, TorchDistTransport, Transport
+from moedist.timing import Meter
+from moedist.world import World
+
+AnyDispatcher = Union[Dispatcher, DedupDispatcher]
+WIRE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def build_transport(world: World) -> Transport:
+    """The transport for this world: of islands where they have groups."""
+    if world.size == 1:
+        return LocalTransport()
+    if world.groups is None:
+        return TorchDistTransport(world)
+    groups = world.groups
+    native = LocalTransport() if groups.own is None else GroupTransport(groups.own, world.meter, groups.native)
+    return IslandsTransport(world.islands, native, GroupTransport(world.control, world.meter))
+
+
+def choose_sharing(config: DispatchConfig, transport: Transport, experts_per_token: int) -> Sharing:
+    """The choices of `config`, `auto` decided: where ranks are in one island, rows go plainly; else once to an island where a
+    token has several experts, and own rows are computed meanwhile."""
+    several = len(set(getattr(transport, "islands", ()))) > 1
+    dedup = config.dedup
+    if dedup == "auto":
+        dedup = "island" if several and experts_per_token > 1 else "none"
+    overlap = config.overlap if config.overlap != "auto" else several or config.overlap_chunks > 1
+    return Sharing(dedup, (WIRE_DTYPES[config.cross_dtype], WIRE_DTYPES[config.cross_dtype_backward]), overlap,
+                   config.overlap_chunks)
+
+
+def build_dispatcher(layout: Layout, transport: Transport, device: torch.device, sharing: Sharing = Sharing(),
+                     layer: int = 0, meter: Meter | None = None) -> AnyDispatcher:
+    """The plain dispatcher where nothing is shared, and rows all go one way; else one that shares."""
+    if transport.world_size == 1 or sharing == Sharing() and not hasattr(transport, "islands"):
+        return Dispatcher(layout, transport, device)
+    return DedupDispatcher(layout, transport, device, sharing, layer, meter)
