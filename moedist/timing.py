@@ -37,6 +37,17 @@ class Traffic:
     square: float | torch.Tensor = 0.0
     square_error: float | torch.Tensor = 0.0
 
+    def add(self, nbytes: int, transfer_s: float, wait_s: float | None = None) -> None:
+        """An exchange; where nothing is said of waiting, the rank stood still all the time."""
+        self.bytes += nbytes
+        self.transfer_s += transfer_s
+        self.wait_s += transfer_s if wait_s is None else wait_s
+
+    def add_rows(self, rows: int, pairs: int | None = None) -> None:
+        """Rows on their way to experts; where nothing is said of pairs, each row is one."""
+        self.rows += rows
+        self.pairs += rows if pairs is None else pairs
+
 
 Links = dict[tuple[int, str], Traffic]  # by layer, and "own" (island) or "other" (islands)
 

@@ -119,7 +119,7 @@ def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtyp
     config = RouterConfig(name=case.router, capacity_factor=case.capacity_factor, bias_rate=0.1 if case.bias else 0.0)
     router = build_router(case.width, experts, case.top_k, config, case.sequence)
     shared = FeedForward(case.width, case.shared, case.activation) if case.shared else None
-    dispatcher = build_dispatcher(layout, transport_of(world, case.islands), torch.device(device), case.sharing)
+    dispatcher = build_dispatcher(layout, transport_of(world, case.islands), torch.device(device), case.sharing, (0, world.meter))
     layer = MoELayer(router, bank, dispatcher, shared, world.meter)
     layer.to(device=device, dtype=dtype)
     for name, p in layer.named_parameters():

@@ -9,10 +9,10 @@ import torch
 from moedist.config import DispatchConfig
 from moedist.dispatch.dedup import DedupDispatcher, Sharing
 from moedist.dispatch.dispatcher import Dispatcher
+from moedist.dispatch.exchange import Place
 from moedist.dispatch.islands import IslandsTransport
 from moedist.dispatch.layout import Layout
 from moedist.dispatch.transport import GroupTransport, LocalTransport, TorchDistTransport, Transport
-from moedist.timing import Meter
 from moedist.world import World
 
 AnyDispatcher = Union[Dispatcher, DedupDispatcher]
@@ -43,8 +43,8 @@ def choose_sharing(config: DispatchConfig, transport: Transport, experts_per_tok
 
 
 def build_dispatcher(layout: Layout, transport: Transport, device: torch.device, sharing: Sharing = Sharing(),
-                     layer: int = 0, meter: Meter | None = None) -> AnyDispatcher:
+                     place: Place | None = None) -> AnyDispatcher:
     """The plain dispatcher where nothing is shared, and rows all go one way; else one that shares."""
     if transport.world_size == 1 or sharing == Sharing() and not hasattr(transport, "islands"):
-        return Dispatcher(layout, transport, device)
-    return DedupDispatcher(layout, transport, device, sharing, layer, meter)
+        return Dispatcher(layout, transport, device, place)
+    return DedupDispatcher(layout, transport, device, sharing, place)

@@ -18,6 +18,7 @@ from typing import Callable
 import torch
 
 from moedist.dispatch.dispatcher import Dispatcher, Experts, Loads
+from moedist.dispatch.exchange import Place
 from moedist.dispatch.hierarchical import Carrier, HierarchicalExchange
 from moedist.dispatch.layout import Layout
 from moedist.dispatch.overlap import CollectFinish, CollectStart, SpreadFinish, SpreadStart
@@ -58,22 +59,21 @@ class _Piece:
 class DedupDispatcher:
     """Moves the rows of one layer, sharing them. Holds the placement and the transport, no state of a step."""
 
-    def __init__(self, layout: Layout, transport: Transport, device: torch.device, sharing: Sharing, layer: int = 0,
-                 meter: Meter | None = None):
+    def __init__(self, layout: Layout, transport: Transport, device: torch.device, sharing: Sharing,
+                 place: Place | None = None):
         self.layout, self.transport, self.sharing = layout, transport, sharing
-        self._made_with = device, layer, meter or Meter()
+        self.device, self.place = device, place or (0, Meter())
         topology = Topology.of(transport, gateways=sharing.dedup == "island")
         self._planner = Planner(layout, topology, sharing.dedup != "none", device)
 
     @property
     def plain(self) -> Dispatcher:
         """The dispatcher that sends every row by itself, for those who want to see all rows of an expert at once."""
-        return Dispatcher(self.layout, self.transport, self._made_with[0])
+        return Dispatcher(self.layout, self.transport, self.device)
 
     def for_layout(self, layout: Layout) -> "DedupDispatcher":
         """The same for another placement."""
-        device, layer, meter = self._made_with
-        return DedupDispatcher(layout, self.transport, device, self.sharing, layer, meter)
+        return DedupDispatcher(layout, self.transport, self.device, self.sharing, self.place)
 
     def run(self, x_TD: torch.Tensor, token_ids_N: torch.Tensor, expert_ids_N: torch.Tensor, weights_N: torch.Tensor,
             extra: torch.Tensor, experts: Experts) -> tuple[Callable[[], torch.Tensor], Loads]:
@@ -133,10 +133,9 @@ class DedupDispatcher:
         return routes, Loads(load_WE=sum(loads_WE), rows_P=rows_P, rows_W=layout.rows_of_ranks(rows_P), extra_W=extra_W)
 
     def _start(self, piece: _Piece, route: Route) -> tuple:
-        _, layer, meter = self._made_with
         outer = getattr(self.transport, "outer", None)
         native = self.transport if outer is None else self.transport.native
-        carrier = Carrier(native, outer, self.sharing.wire_dtype, layer, meter)
+        carrier = Carrier(native, outer, self.sharing.wire_dtype, self.place)
         exchange = HierarchicalExchange(route, self._planner, carrier, self.sharing.overlap)
         rows_UD = GatherRows.apply(piece.x_TD, route.token_U, route.by_token_U, route.starts_T)
         weights_N = PermuteRows.apply(piece.weights_N, route.order_N, route.inverse_N)

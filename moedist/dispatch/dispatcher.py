@@ -16,7 +16,7 @@ from typing import Callable, Optional
 
 import torch
 
-from moedist.dispatch.exchange import ExchangeRows
+from moedist.dispatch.exchange import ExchangeRows, Place
 from moedist.dispatch.layout import Layout
 from moedist.dispatch.segments import GatherRows, PermuteRows, WeightedSum
 from moedist.dispatch.transport import Transport
@@ -66,8 +66,9 @@ class Meta(Loads):
 class Dispatcher:
     """Moves the rows of one layer. Holds the placement and the transport, no state of a step."""
 
-    def __init__(self, layout: Layout, transport: Transport, device: torch.device = torch.device("cpu")):
-        self.layout, self.transport = layout, transport
+    def __init__(self, layout: Layout, transport: Transport, device: torch.device = torch.device("cpu"),
+                 place: Optional[Place] = None):
+        self.layout, self.transport, self.place = layout, transport, place
         self.slot_of_expert_E = layout.slot_of_expert_E.to(device)
 
     @property
@@ -77,7 +78,7 @@ class Dispatcher:
 
     def for_layout(self, layout: Layout) -> "Dispatcher":
         """The same for another placement."""
-        return Dispatcher(layout, self.transport, self.slot_of_expert_E.device)
+        return Dispatcher(layout, self.transport, self.slot_of_expert_E.device, self.place)
 
     def run(self, x_TD: torch.Tensor, token_ids_N: torch.Tensor, expert_ids_N: torch.Tensor, weights_N: torch.Tensor,
             extra: torch.Tensor, experts: Experts) -> tuple[Callable[[], torch.Tensor], Loads]:
@@ -106,7 +107,10 @@ class Dispatcher:
         meta = self._meta(len(x_TD), token_ids_N, expert_ids_N, extra)
         rows = GatherRows.apply(x_TD, meta.token_N, meta.by_token_N, meta.starts_T)
         if self.layout.world_size > 1:
-            rows = ExchangeRows.apply(rows, meta.send, meta.receive, self.transport)
+            rows = ExchangeRows.apply(rows, meta.send, meta.receive, self.transport, self.place)
+            if self.place is not None:
+                layer, meter = self.place
+                meter.traffic(layer, "own").add_rows(len(token_ids_N) - meta.send[self.layout.rank])
             rows = PermuteRows.apply(rows, meta.to_expert_R, meta.to_arrival_R)
         return rows, meta
 
@@ -117,7 +121,7 @@ class Dispatcher:
         """
         if self.layout.world_size > 1:
             rows_RD = PermuteRows.apply(rows_RD, meta.to_arrival_R, meta.to_expert_R)
-            rows_RD = ExchangeRows.apply(rows_RD, meta.receive, meta.send, self.transport)
+            rows_RD = ExchangeRows.apply(rows_RD, meta.receive, meta.send, self.transport, self.place)
         return WeightedSum.apply(rows_RD, weights_N, meta.by_token_N, meta.starts_T, meta.token_N)
 
     @torch.no_grad()

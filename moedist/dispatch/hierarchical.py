@@ -18,11 +18,12 @@ from typing import Optional
 
 import torch
 
+from moedist.dispatch.exchange import Place
 from moedist.dispatch.route import Leg, Planner, Route, Size, changes, count, inverse, read_codes, write_codes
 from moedist.dispatch.segments import segment_sum
 from moedist.dispatch.transport import Transport
 from moedist.dispatch.wire import as_bytes, decode_rows, encode_rows, pack, packed_bytes, row_bytes, unpack
-from moedist.timing import Meter, Traffic
+from moedist.timing import Traffic
 
 SAMPLE = 64  # rows of an exchange that the error of rounding is measured on
 
@@ -34,14 +35,13 @@ class Carrier:
     Attributes:
         native, outer: transports over the ranks of the own island, and over all; outer is None where there is one island.
         wire_dtype: what rows are rounded to between islands, forward and backward; None: as they are.
-        layer, meter: where it is written down.
+        place: the layer, and where its traffic is written down.
     """
 
     native: Transport
     outer: Optional[Transport]
     wire_dtype: tuple[Optional[torch.dtype], Optional[torch.dtype]]
-    layer: int
-    meter: Meter
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class HierarchicalExchange:
                 self._fan = _Fan.of(taken.codes, len(taken.rows), forward, self.route.forward_own, self._planner)
             out = self._fan.spread(taken)
             here, away = self._own_and_rest(out, self.route.forward_own)
-            taken = here.then(self._start("near", forward.send, forward.receive, away, backward).finish())
+            taken = here.then(self._start("forward", forward.send, forward.receive, away, backward).finish())
         return kept.then(arrived, taken)
 
     def collect_start(self, parcel: Parcel, backward: bool) -> None:
@@ -106,7 +106,7 @@ class HierarchicalExchange:
         arriving = self._start("near", near.receive, near.send, to_near, backward)
         if forward is not None:
             here, away = self._own_and_rest(to_outer, self.route.forward_own)
-            back = self._start("near", forward.receive, forward.send, away, backward).finish()
+            back = self._start("forward", forward.receive, forward.send, away, backward).finish()
             to_outer = self._fan.collect(here.then(back))
         self._under_way = kept, arriving, self._start("outer", outer.receive, outer.send, to_outer, backward)
 
@@ -125,11 +125,15 @@ class HierarchicalExchange:
         return parcel.cut(slice(0, rows), slice(0, pairs)), parcel.cut(slice(rows, None), slice(pairs, None))
 
     def _start(self, link: str, send: Size, receive: Size, parcel: Parcel, backward: bool) -> Optional["_UnderWay"]:
-        transport = self.carrier.native if link == "near" else self.carrier.outer
+        """`link` is a leg of the route: near, outer or forward."""
+        transport = self.carrier.outer if link == "outer" else self.carrier.native
         if transport is None:
             return None
         wire_dtype = self.carrier.wire_dtype[backward] if link == "outer" else None
-        traffic = self.carrier.meter.traffic(self.carrier.layer, "own" if link == "near" else "other")
+        layer, meter = self.carrier.place
+        traffic = meter.traffic(layer, "other" if link == "outer" else "own")
+        if parcel.codes is not None:  # rows on their way to experts, the first time
+            traffic.add_rows(len(parcel.rows), len(parcel.codes) if link != "forward" else 0)
         return _UnderWay(transport, send, receive, parcel, wire_dtype, traffic)
 
 
@@ -151,17 +155,12 @@ class _UnderWay:
         incoming = packed_bytes(self._lengths, self._sizes)
         self._out = self._buffer.new_empty(sum(incoming))
         self._pending = transport.start(self._buffer, packed_bytes(lengths, self._sizes), incoming, self._out)
-        traffic.bytes += len(self._buffer)
-        if parcel.codes is not None:  # rows on their way to experts, the first time
-            traffic.rows += len(rows)
-            traffic.pairs += len(parcel.codes)
 
     def finish(self) -> Parcel:
         before = time.perf_counter()
         self._pending.wait()
         after = time.perf_counter()
-        self._traffic.transfer_s += after - self._start
-        self._traffic.wait_s += after - before
+        self._traffic.add(len(self._buffer), after - self._start, after - before)
         rows, *of_pairs = unpack(self._out, self._lengths, self._sizes)
         columns = iter(of_pairs)
         return Parcel(decode_rows(rows, self._dtype, self._wire_dtype),

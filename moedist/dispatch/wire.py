@@ -43,7 +43,9 @@ def decode_rows(bytes_U: torch.Tensor, dtype: torch.dtype, wire_dtype: Optional[
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A view (of a contiguous copy where it is none) as uint8, the last dimension longer."""
-    return tensor.contiguous().view(torch.uint8)
+    if not tensor.is_contiguous() or tensor.stride(-1) != 1:  # a dimension of one entry may have any stride
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(torch.uint8)
 
 
 def pack(columns: Sequence[torch.Tensor], lengths: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -157,7 +157,7 @@ class Transformer(nn.Module):
                 router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
                 shared = FeedForward(m.width, m.expert_hidden * m.shared_experts, m.activation) \
                     if m.shared_experts else None
-                dispatcher = build_dispatcher(layout, transport, device, sharing, i, meter)
+                dispatcher = build_dispatcher(layout, transport, device, sharing, None if meter is None else (i, meter))
                 ffn: nn.Module = MoELayer(router, bank, dispatcher, shared, meter)
             else:
                 ffn = FeedForward(m.width, m.ffn_hidden, m.activation)

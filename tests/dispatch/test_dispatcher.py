@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from moedist.dispatch import Dispatcher, Layout, build_transport
 from moedist.dispatch.layout import split_rows
 from moedist.placement import LayerPlan, split_batch
+from moedist.routing import RouterInput
+from tests.dispatch.counting import Counting
 from tests.moe_cases import Case, build_layer
 from tests.ranks import run_ranks
 
@@ -47,32 +49,17 @@ def test_ten_rows_by_hand():
     assert r2[4] == [1 * 200 * 10 + 2 * 200 * 1000]
 
 
-class Counting:
-    """A transport that counts its calls."""
-
-    def __init__(self, inner):
-        self.inner, self.rank, self.world_size, self.calls = inner, inner.rank, inner.world_size, []
-
-    def all_gather_counts(self, counts):
-        self.calls.append("counts")
-        return self.inner.all_gather_counts(counts)
-
-    def exchange(self, buffer, send, receive, out):
-        self.calls.append("rows")
-        assert send[self.rank] == receive[self.rank] == 0, "own rows stay out of the collective"
-        self.inner.exchange(buffer, send, receive, out)
-
-
 def count_collectives(world, sequences):
     layer, _ = build_layer(world, Case((0, 0, 0, 0), sequences))
-    counting = layer.dispatcher.transport = Counting(layer.dispatcher.transport)
+    calls: list[str] = []
+    layer.dispatcher.transport = Counting(layer.dispatcher.transport, "rows", calls)
     x = torch.randn(sequences[world.rank], 6, 8, dtype=torch.float64, requires_grad=True)
     ids = torch.zeros(x.shape[:2], dtype=torch.int64)
-    from moedist.routing import RouterInput
     y, _ = layer(RouterInput(x, ids, ids, 0, True))
-    forward = list(counting.calls)
+    forward = [call for call in calls if call != "rows done"]
+    done = len(calls)
     y.sum().backward()
-    return forward, counting.calls[len(forward):]
+    return forward, [call for call in calls[done:] if call != "rows done"]
 
 
 def test_one_count_exchange_and_two_row_exchanges_each_way():
