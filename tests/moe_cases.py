@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 
 from moedist.config import RouterConfig
-from moedist.dispatch import Layout, Sharing, Transport, build_dispatcher, build_transport
+from moedist.dispatch import Layout, Sharing, build_dispatcher, build_transport
 from moedist.islands import Islands
 from moedist.model.experts import build_bank
 from moedist.model.feed_forward import FeedForward
@@ -99,13 +99,13 @@ def run_case(world: World, case: Case, device: str = "cpu", dtype: torch.dtype =
 _groups: dict[tuple[int, ...], Islands] = {}  # of this rank: groups are made once
 
 
-def transport_of(world: World, islands: tuple[int, ...]) -> Transport:
-    """The world's transport, or one of islands that are these. Collective."""
+def on_islands(world: World, islands: tuple[int, ...]) -> World:
+    """The world, with islands that are these, if any. Collective."""
     if not islands:
-        return build_transport(world)
+        return world
     if islands not in _groups:
         _groups[islands] = Islands.connect(islands, world.rank, [None] * world.size, timedelta(seconds=100))
-    return build_transport(replace(world, islands=islands, groups=_groups[islands]))
+    return replace(world, islands=islands, groups=_groups[islands])
 
 
 def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float64):
@@ -119,7 +119,8 @@ def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtyp
     config = RouterConfig(name=case.router, capacity_factor=case.capacity_factor, bias_rate=0.1 if case.bias else 0.0)
     router = build_router(case.width, experts, case.top_k, config, case.sequence)
     shared = FeedForward(case.width, case.shared, case.activation) if case.shared else None
-    dispatcher = build_dispatcher(layout, transport_of(world, case.islands), torch.device(device), case.sharing, (0, world.meter))
+    transport = build_transport(on_islands(world, case.islands))
+    dispatcher = build_dispatcher(layout, transport, torch.device(device), case.sharing, (0, world.meter))
     layer = MoELayer(router, bank, dispatcher, shared, world.meter)
     layer.to(device=device, dtype=dtype)
     for name, p in layer.named_parameters():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Optional
+from typing import Collection, Optional, Sequence
 
 import torch
 
@@ -92,12 +92,11 @@ class Planner:
         self.by_expert_P = layout.expert_P.argsort(stable=True)
         # experts with copies count as of a rank and an island of their own, the last
         rank_E = self.rank_P[placement_E].masked_fill(copies_E > 1, w)
-        stops, islands = topology.stop_W, torch.tensor(topology.islands)
+        stops, self.island_W = topology.stop_W, torch.tensor(topology.islands)
         self.rank_E, self.rank_of_P = rank_E.to(device), self.rank_P.to(device)
         self.stop_W1 = torch.cat([stops, stops.new_tensor([w])]).to(device)
         self.islands = len(topology.members_I)
-        self.island_W = islands
-        self.island_W1 = torch.cat([islands, islands.new_tensor([self.islands])]).to(device)
+        self.island_W1 = torch.cat([self.island_W, stops.new_tensor([self.islands])]).to(device)
 
     @cached_property
     def counted(self) -> int:
@@ -172,34 +171,39 @@ class Planner:
         if self.share_rows:
             alone_WW = torch.zeros_like(pairs_WW).index_add_(1, self.rank_P, load_WP * self.copied_P)
             rows_WW = counted_W[:, self.experts:self.experts + w] + alone_WW
-        me, others = topology.rank, set(topology.members) - {topology.rank}
-
-        def size(of: torch.Tensor, among: list[int], there: set[int]) -> list[int]:
-            return [n if r in there else 0 for r, n in zip(among, of[among].tolist())]
-
-        def leg(rows_WW: torch.Tensor, pairs_WW: torch.Tensor, among: list[int], to: set[int], source: set[int]) -> Leg:
-            return Leg(Size(size(rows_WW[me], among, to), size(pairs_WW[me], among, to)),
-                       Size(size(rows_WW[:, me], among, source), size(pairs_WW[:, me], among, source)))
-
+        me, everyone = topology.rank, range(w)
+        others = [r for r in topology.members if r != me]
         own = int(rows_WW[me, me]), int(pairs_WW[me, me])
-        near = leg(rows_WW, pairs_WW, topology.members, others, others)
-        everyone, targets, sources = list(range(w)), set(topology.targets), set(topology.sources_of(me))
+        near = _leg(me, rows_WW, pairs_WW, topology.members, others, others)
         if not topology.gateways:
-            return {"own": own, "near": near, "outer": leg(rows_WW, pairs_WW, everyone, targets, sources),
-                    "forward": None, "forward_own": (0, 0)}
-        # what a rank sends to an island is what its gateway there takes in
-        island_W = self.island_W
-        pairs_WI, alone_WI = (torch.zeros(w, self.islands, dtype=torch.int64).index_add_(1, island_W, of)
-                              for of in (pairs_WW, alone_WW))
-        rows_WI = counted_W[:, self.experts + w:] + alone_WI
-        outer = leg(rows_WI[:, island_W], pairs_WI[:, island_W], everyone, targets, sources)
-        forward_rows, forward_pairs = torch.zeros_like(rows_WW), torch.zeros_like(pairs_WW)
-        for g in topology.members:
-            taken = topology.sources_of(g)
-            forward_rows[g], forward_pairs[g] = rows_WW[taken].sum(0), pairs_WW[taken].sum(0)
+            return {"own": own, "near": near, "forward": None, "forward_own": (0, 0),
+                    "outer": _leg(me, rows_WW, pairs_WW, everyone, topology.targets, topology.sources)}
+        # what a rank sends to an island is what its gateway there takes in, and sends on to the members
+        rows_WI = counted_W[:, self.experts + w:] + self._by_island(alone_WW)
+        pairs_WI = self._by_island(pairs_WW)
+        outer = _leg(me, rows_WI[:, self.island_W], pairs_WI[:, self.island_W], everyone, topology.targets, topology.sources)
+        outside = torch.tensor(topology.outside)
+        gateways = torch.tensor(topology.gateway_IW[topology.island])[outside]
+        on_rows, on_pairs = (torch.zeros_like(of).index_add_(0, gateways, of[outside]) for of in (rows_WW, pairs_WW))
         return {"own": own, "near": near, "outer": outer,
-                "forward": leg(forward_rows, forward_pairs, topology.members, others, others),
-                "forward_own": (int(forward_rows[me, me]), int(forward_pairs[me, me]))}
+                "forward": _leg(me, on_rows, on_pairs, topology.members, others, others),
+                "forward_own": (int(on_rows[me, me]), int(on_pairs[me, me]))}
+
+    def _by_island(self, of_WW: torch.Tensor) -> torch.Tensor:
+        """[W, I]: summed over the ranks of every island."""
+        return torch.zeros(len(of_WW), self.islands, dtype=torch.int64).index_add_(1, self.island_W, of_WW)
+
+
+def _leg(me: int, rows_WW: torch.Tensor, pairs_WW: torch.Tensor, among: Sequence[int], to: Collection[int],
+         source: Collection[int]) -> Leg:
+    """What rank `me` sends to ranks `to`, and gets from ranks `source`, for a transport over the ranks `among`."""
+    to, source = set(to), set(source)
+
+    def size(rows: list[int], pairs: list[int], there: set[int]) -> Size:
+        return Size(*([of[r] if r in there else 0 for r in among] for of in (rows, pairs)))
+
+    return Leg(size(rows_WW[me].tolist(), pairs_WW[me].tolist(), to),
+               size(rows_WW[:, me].tolist(), pairs_WW[:, me].tolist(), source))
 
 
 def inverse(order: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ W ranks, I islands.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,13 +53,15 @@ class Topology:
         """Ranks of the own island, ascending."""
         return self.members_I[self.island]
 
-    def gateway(self, source: int, island: int) -> int:
-        """The rank that takes in the rows of `source` for its island: one after another of them, over all sources."""
-        if not self.gateways:
-            raise ValueError("rows go to every rank by themselves here")
-        outside = [r for r, i in enumerate(self.islands) if i != island]
-        members = self.members_I[island]
-        return members[outside.index(source) % len(members)]
+    @cached_property
+    def gateway_IW(self) -> list[list[int]]:
+        """Who takes in the rows of every rank for every island: its ranks in turn, over all ranks outside; of those inside,
+        themselves."""
+        found = []
+        for island, members in enumerate(self.members_I):
+            turn = itertools.cycle(members)
+            found.append([r if i == island else next(turn) for r, i in enumerate(self.islands)])
+        return found
 
     @cached_property
     def near(self) -> list[int]:
@@ -66,16 +69,21 @@ class Topology:
         return [self.rank] + [r for r in self.members if r != self.rank]
 
     @cached_property
+    def outside(self) -> list[int]:
+        """Ranks of other islands, ascending."""
+        return [r for r, i in enumerate(self.islands) if i != self.island]
+
+    @cached_property
     def targets(self) -> list[int]:
         """Ranks of other islands that this rank sends rows to, ascending."""
         if not self.gateways:
-            return [r for r, i in enumerate(self.islands) if i != self.island]
-        return sorted(self.gateway(self.rank, i) for i in range(len(self.members_I)) if i != self.island)
+            return self.outside
+        return sorted(gateways[self.rank] for i, gateways in enumerate(self.gateway_IW) if i != self.island)
 
-    def sources_of(self, gateway: int) -> list[int]:
-        """Ranks of other islands that a rank takes rows in from, ascending."""
-        outside = [r for r, i in enumerate(self.islands) if i != self.islands[gateway]]
-        return [r for r in outside if not self.gateways or self.gateway(r, self.islands[gateway]) == gateway]
+    @cached_property
+    def sources(self) -> list[int]:
+        """Ranks of other islands that this rank takes rows in from, ascending."""
+        return [r for r in self.outside if not self.gateways or self.gateway_IW[self.island][r] == self.rank]
 
     @cached_property
     def stop_W(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Iterable, NamedTuple, Sequence
 
 import torch
@@ -30,6 +31,18 @@ METRICS: dict[str, Metric] = {
     "moe/expert_over_mean": Metric("expert time of the slowest rank over the mean of all; 1 at perfect placement", "same"),
     "moe/dropped_fraction": Metric("rows dropped by capacity over rows wanted", "sum over sum"),
     "moe/router_entropy": Metric("nats, mean over layers", "mean over tokens"),
+    "comm/own_island_bytes": Metric("bytes of rows sent inside islands, forward and backward", "sum"),
+    "comm/other_islands_bytes": Metric("bytes of rows sent between islands, forward and backward", "sum"),
+    "comm/own_island_ms": Metric("ms from start to end of exchanges inside islands, all layers", "mean over ranks"),
+    "comm/other_islands_ms": Metric("ms from start to end of exchanges between islands, all layers", "mean over ranks"),
+    "comm/own_island_wait_ms": Metric("ms of these in which a rank stood still", "mean over ranks"),
+    "comm/other_islands_wait_ms": Metric("ms of these in which a rank stood still", "mean over ranks"),
+    "comm/dedup_ratio": Metric("rows sent to experts over those without dedup; gateways' rows count again", "sum over sum"),
+    "comm/rounding_error": Metric("relative error of rows rounded between islands, of a sample", "sum over sum"),
+    "comm/layer.*/own_island_bytes": Metric("bytes, as above, of one layer", "sum"),
+    "comm/layer.*/other_islands_bytes": Metric("bytes, as above, of one layer", "sum"),
+    "comm/layer.*/own_island_ms": Metric("ms, as above, of one layer", "mean over ranks"),
+    "comm/layer.*/other_islands_ms": Metric("ms, as above, of one layer", "mean over ranks"),
     "compress/ratio": Metric("share of the experts' bytes removed", "same"),
     "compress/bytes": Metric("bytes of all experts, index vectors included", "sum"),
     "compress/seconds": Metric("s", "same"),
@@ -39,6 +52,11 @@ METRICS: dict[str, Metric] = {
     "valid/loss": Metric("nats per token", "mean over tokens"),
     "valid/perplexity": Metric("", "mean over tokens"),
 }
+
+
+def is_declared(name: str) -> bool:
+    """Whether `METRICS` has a metric, or the series it is one of, with * for the number of a layer."""
+    return re.sub(r"layer\.\d+", "layer.*", name) in METRICS
 
 
 def load_metrics(loads_WE: Iterable[torch.Tensor], rows_W: Iterable[Sequence[int]]) -> dict[str, float]:

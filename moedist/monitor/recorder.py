@@ -15,7 +15,7 @@ from tqdm import tqdm
 from moedist.checkpoint import RunFolder
 from moedist.config import Config, MonitorConfig
 from moedist.errors import ConfigError
-from moedist.monitor.metrics import METRICS
+from moedist.monitor.metrics import is_declared
 
 
 class Recorder:
@@ -53,7 +53,7 @@ class Recorder:
         """Write metrics of `step` (all declared in `METRICS`) everywhere, and `line` for people."""
         if not self.active:
             return
-        undeclared = values.keys() - METRICS.keys()
+        undeclared = [name for name in values if not is_declared(name)]
         assert not undeclared, f"metrics without a declaration: {sorted(undeclared)}"
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._wandb is not None:

@@ -13,7 +13,7 @@ from moedist.coordinator import RankTimes
 from moedist.engine import learning_rate
 from moedist.errors import MoedistError
 from moedist.model import Batch, LayerReport
-from moedist.monitor import load_metrics
+from moedist.monitor import load_metrics, traffic_metrics, traffic_sums
 from moedist.phases.evaluation import held_out_loss
 from moedist.phases.run import Run
 from moedist.placement import split_batch
@@ -34,6 +34,7 @@ class StepReport:
         loads: rows every rank sent to every expert, [W, E], by layer.
         ranks: what every rank did, and how long it took.
         times: of this rank, by layer.
+        traffic: of all ranks, see `traffic_metrics`.
     """
 
     sums: dict[str, float]
@@ -41,6 +42,7 @@ class StepReport:
     loads: dict[int, torch.Tensor]
     ranks: RankTimes
     times: StepTimes
+    traffic: torch.Tensor
 
 
 class Stopped(Exception):
@@ -114,18 +116,18 @@ def train_step(run: Run) -> StepReport:
     seconds[:, world.rank] = torch.tensor([sum(times.expert_s.values()), times.dense_s])
     lr = learning_rate(t, progress.step, config.train_steps)
     result = run.engine.step(lr, torch.cat([torch.tensor([float(sums[k]) for k in SUMS], dtype=torch.float64),
-                                            seconds.flatten()]))
+                                            seconds.flatten(), traffic_sums(times.links, config.moe_layers())]))
     for layer, moe in run.model.moe_layers():
         if config.router.bias_rate:
             moe.router.update_bias(demands[layer])
     progress.step += 1
     progress.phase_step += 1
     progress.sequences += t.batch
-    summed = result.sums.tolist()
-    expert_s, dense_s = result.sums[len(SUMS):].view(2, -1).tolist()
+    summed, of_ranks, traffic = result.sums.tensor_split([len(SUMS), len(SUMS) + seconds.numel()])
+    expert_s, dense_s = of_ranks.view(2, -1).tolist()
     ranks = RankTimes(_of_ranks(run, rows_P), [n * t.accumulate * sequence for n in counts], expert_s, dense_s,
                       _of_ranks(run, rows_P, run.coordinator.sizes.costs))
-    return StepReport(dict(zip(SUMS, summed)), result.grad_norm, loads, ranks, times)
+    return StepReport(dict(zip(SUMS, summed.tolist())), result.grad_norm, loads, ranks, times, traffic)
 
 
 def _of_ranks(run: Run, rows_P: dict[int, torch.Tensor],
@@ -183,6 +185,7 @@ def _log(run: Run, report: StepReport, clock: "_Clock") -> None:
             "moe/dropped_fraction": sums["dropped_rows"] / max(rows + sums["dropped_rows"], 1),
             **load_metrics(loads.values(), report.ranks.rows.values()),
             "moe/expert_ms": 1e3 * max(report.ranks.expert_s), "moe/expert_over_mean": report.ranks.expert_over_mean,
+            **traffic_metrics(report.traffic, config.moe_layers(), run.world.size),
         }
     line = (f"step {step:>6}/{config.train_steps}  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
             f"grad {norm:.2f}  {values['perf/tokens_per_s']:,.0f} tokens/s  ETA {run.recorder.eta(step)}")

@@ -7,8 +7,10 @@ import torch
 
 from moedist.checkpoint import RunFolder
 from moedist.config import Config, MonitorConfig
-from moedist.monitor import Recorder, load_metrics
+from moedist.monitor import Recorder, load_metrics, traffic_metrics, traffic_sums
+from moedist.monitor.metrics import is_declared
 from moedist.monitor.recorder import wandb_mode
+from moedist.timing import Traffic
 
 
 def test_load_metrics_by_hand():
@@ -19,6 +21,21 @@ def test_load_metrics_by_hand():
     both = load_metrics([load_WE, torch.ones(2, 4, dtype=torch.int64)], [[12, 4], [4, 4]])
     assert both == {"moe/load_imbalance": 1.5, "moe/rank_imbalance": 1.25, "moe/unused_experts": 1}
     assert load_metrics([], []) == {} == load_metrics([torch.zeros(2, 4)], [[0, 0]])
+
+
+def test_traffic_metrics_by_hand():
+    """Two layers, of which the second sends to another island; two ranks that do the same."""
+    links = {(0, "own"): Traffic(bytes=100, transfer_s=0.2, wait_s=0.1, rows=4, pairs=6),
+             (2, "other"): Traffic(50, 0.4, 0.3, 2, 6, square=torch.tensor(4.0), square_error=torch.tensor(1.0))}
+    values = traffic_metrics(2 * traffic_sums(links, [0, 2]), [0, 2], 2)
+    assert all(map(is_declared, values))
+    assert values == pytest.approx({
+        "comm/own_island_bytes": 200, "comm/own_island_ms": 200, "comm/own_island_wait_ms": 100,
+        "comm/other_islands_bytes": 100, "comm/other_islands_ms": 400, "comm/other_islands_wait_ms": 300,
+        "comm/layer.0/own_island_bytes": 200, "comm/layer.0/own_island_ms": 200,
+        "comm/layer.2/other_islands_bytes": 100, "comm/layer.2/other_islands_ms": 400,
+        "comm/dedup_ratio": 0.5, "comm/rounding_error": 0.5})
+    assert traffic_metrics(traffic_sums({}, [0, 2]), [0, 2], 1) == {}
 
 
 def recorder(tmp_path, is_main=True):

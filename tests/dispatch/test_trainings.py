@@ -1,0 +1,108 @@
+"""Whole trainings over islands have the losses of plain ones, on any way that rows can take."""
+
+import functools
+
+import pytest
+import torch
+
+from moedist.config import config_from_dict
+from moedist.dispatch import build_transport
+from moedist.engine import TorchEngine
+from moedist.islands import number_islands
+from moedist.model import Batch, Transformer
+from moedist.phases.calibrate import Source, watch_experts
+from moedist.placement import LayerPlan, Plan
+from tests.launching import QUICKSTART, metrics, moedist, only_run
+from tests.moe_cases import on_islands
+from tests.ranks import run_ranks
+
+ISLANDS = (0, 0, 1)
+SEQUENCES, VOCAB, STEPS = (5, 0, 3), 21, 30
+OWNERS = {"single": ((0,), (0,), (0,), (1,), (2,), (2,)), "copies": ((0, 2), (0,), (0,), (0, 1), (1,), (2,))}
+
+
+def model_of(world, islands, places, dispatch, model, router="topk"):
+    """A tiny model of this world as islands, if any; and the world."""
+    config = config_from_dict({
+        "model": {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "experts": 6, "top_k": 3, "expert_hidden": 8, **model},
+        "data": {"sequence_length": 6}, "dispatch": dispatch, "router": {"name": router},
+        "train": {"batch": 8, "eps": 1e-5}})
+    world = on_islands(world, islands)  # dense gradients too
+    layer = LayerPlan(OWNERS[places], tuple((1 / len(owners),) * len(owners) for owners in OWNERS[places]))
+    plan = Plan(world.size, ((0, layer), (1, layer)), (1.0,) * world.size)
+    return Transformer(config, VOCAB, plan, build_transport(world), world.device, torch.float32, world.meter), config, world
+
+
+def train(world, islands, places, dispatch, model):
+    """Losses of 30 steps of Adam, and a dense weight after them."""
+    transformer, config, world = model_of(world, islands, places, dispatch, model)
+    engine = TorchEngine(transformer, config.train, world)
+    first = sum(SEQUENCES[:world.rank])
+    mine = slice(first, first + SEQUENCES[world.rank])
+    losses = []
+    for step in range(STEPS):
+        ids = (torch.arange(8).unsqueeze(1) * 5 + step + 2 * torch.arange(7)) % VOCAB
+        keys = torch.arange(8 * 6).view(8, 6)[mine]
+        loss, _ = engine.forward(Batch(ids[mine, :-1], keys, step), ids[mine, 1:], torch.float32)
+        engine.backward(loss / 48)
+        losses.append(engine.step(0.01, (loss.detach().double() / 48).reshape(1)).sums.item())
+    return losses, transformer.embedding.weight.detach().clone()
+
+
+@functools.lru_cache(maxsize=None)
+def plain(places):
+    return run_ranks(3, train, (), places, {}, {})[0][0]
+
+
+@pytest.mark.parametrize("places, dispatch, model", [
+    ("single", {"dedup": "none", "overlap": False}, {}),
+    ("single", {}, {}),  # auto: island, overlapped
+    ("copies", {"dedup": "rank", "overlap_chunks": 2}, {"shared_experts": 0}),
+    ("copies", {"dedup": "island", "overlap_chunks": 2}, {"recompute": True}),
+], ids=str)
+def test_losses_over_islands_equal_those_of_a_plain_training(places, dispatch, model):
+    found = run_ranks(3, train, ISLANDS, places, dispatch, model)
+    assert plain(places)[-1] < plain(places)[0] - 0.5
+    for losses, weight in found:
+        assert losses == pytest.approx(plain(places), abs=1e-5)
+        assert torch.equal(weight, found[0][1]), "dense weights are equal on all ranks to the bit"
+
+
+class Sequences:
+    """What `Source` reads."""
+
+    def batch(self, start, count):
+        ids = (torch.arange(start, start + count).unsqueeze(1) * 5 + 2 * torch.arange(7)) % VOCAB
+        return ids[:, :-1], ids[:, 1:]
+
+
+def watched(world, islands, dispatch):
+    transformer, *_ = model_of(world, islands, "copies", dispatch, {})
+    source = Source(Sequences(), 0, 8, 4, torch.float32)
+    found = watch_experts(transformer, world, source, [0, 1], {"fisher"})
+    return {key: (c.fisher.clone(), c.rows.item(), c.weight.item()) for key, c in found.items()}
+
+
+def test_experts_are_watched_as_in_a_plain_run():
+    """Calibration sees a row for every token at every expert, whatever is shared in training."""
+    plainly = run_ranks(3, watched, (), {})
+    for part, other in zip(plainly, run_ranks(3, watched, ISLANDS, {"dedup": "island", "cross_dtype": "int8"})):
+        assert part.keys() == other.keys() and part
+        for key, (fisher, rows, weight) in part.items():
+            torch.testing.assert_close(fisher, other[key][0], rtol=1e-4, atol=1e-12)
+            assert rows == other[key][1] and weight == pytest.approx(other[key][2], rel=1e-5)
+
+
+def test_names_number_islands():
+    assert number_islands(["nvidia", "nvidia", "amd"]) == (0, 0, 1) and number_islands([1, 0]) == (1, 0)
+
+
+def test_a_run_over_islands(tmp_path, cache):
+    """As a user starts it: CPU ranks play two vendors, and the losses are those of one."""
+    common = ["train", *QUICKSTART, "phases=[{train: 30}]", "train.eps=1e-5", "checkpoint.every=0"]
+    moedist(2, cache, *common, f"folder={tmp_path}/plain")
+    moedist(2, cache, *common, f"folder={tmp_path}/islands", "world.islands=[nvidia,amd]", "world.transport=islands")
+    islands = only_run(tmp_path / "islands")
+    assert metrics(islands, "comm/other_islands_bytes")[30] > 0 < metrics(islands, "comm/layer.1/other_islands_ms")[30]
+    assert metrics(islands, "comm/dedup_ratio")[30] <= 1
+    assert list(metrics(islands).values()) == pytest.approx(list(metrics(only_run(tmp_path / "plain")).values()), abs=1e-5)
