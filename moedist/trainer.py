@@ -15,7 +15,7 @@ from moedist.config import Config, check_config, for_ranks, load_config, to_yaml
 from moedist.coordinator import start_plan, written_plan
 from moedist.coordinator.facts import facts_to_json
 from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
-from moedist.dispatch import build_transport
+from moedist.dispatch import build_transport, describe_ways
 from moedist.engine import build_engine, check_deepspeed
 from moedist.errors import CheckpointError, DataError
 from moedist.model import Transformer
@@ -232,6 +232,8 @@ def _describe(run: Run) -> str:
     lines += [f"  rank {i}: {device} ({vendor}), {_counted(held)} of {config.model.experts} experts in each of "
               f"{len(held)} layers, {count} of {sum(counts)} sequences"
               for i, ((_, held, device, vendor), count) in enumerate(zip(ranks, counts))]
+    if world.size > 1 and layers:
+        lines.append(f"  {describe_ways(layers[0].dispatcher)}")
     if not model.causal:
         lines.append(f"router {config.router.name} looks at later tokens of a sequence: its perplexity is optimistic")
     if run.progress.step:

@@ -61,6 +61,9 @@ def check_config(config: Config, world_size: int) -> None:
 
 def _check_transport(config: Config) -> None:
     w, d = config.world, config.dispatch
+    if d.overlap is False and d.overlap_chunks > 1:
+        raise ConfigError(f"dispatch.overlap_chunks={d.overlap_chunks} lets a piece travel while another is computed, "
+                          "but dispatch.overlap is false; set dispatch.overlap=true, or dispatch.overlap_chunks=1")
     if w.transport == "mpi":
         raise ConfigError("world.transport=mpi is not there yet; set world.transport=torchdist, islands or auto")
     if w.transport in ("torchdist", "mpi"):

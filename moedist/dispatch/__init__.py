@@ -5,7 +5,7 @@
 gradients.
 """
 
-from moedist.dispatch.build import AnyDispatcher, build_dispatcher, build_transport, choose_sharing
+from moedist.dispatch.build import AnyDispatcher, build_dispatcher, build_transport, choose_sharing, describe_ways
 from moedist.dispatch.dedup import DedupDispatcher, Sharing
 from moedist.dispatch.dispatcher import Dispatcher, Meta
 from moedist.dispatch.islands import IslandsTransport
@@ -14,4 +14,4 @@ from moedist.dispatch.transport import GroupTransport, LocalTransport, Pending, 
 
 __all__ = ["AnyDispatcher", "DedupDispatcher", "Dispatcher", "GroupTransport", "IslandsTransport", "Layout", "LocalTransport",
            "Meta", "Pending", "Sharing", "TorchDistTransport", "Transport", "build_dispatcher", "build_transport",
-           "choose_sharing"]
+           "choose_sharing", "describe_ways"]

@@ -48,3 +48,20 @@ def build_dispatcher(layout: Layout, transport: Transport, device: torch.device,
     if transport.world_size == 1 or sharing == Sharing() and not hasattr(transport, "islands"):
         return Dispatcher(layout, transport, device, place)
     return DedupDispatcher(layout, transport, device, sharing, place)
+
+
+def describe_ways(dispatcher: AnyDispatcher) -> str:
+    """How rows travel, in words; what `auto` has chosen among it."""
+    transport = dispatcher.transport
+    sharing = dispatcher.sharing if isinstance(dispatcher, DedupDispatcher) else Sharing()
+    islands = getattr(transport, "islands", (0,) * transport.world_size)
+    words = [f"rows travel in islands {list(islands)}, natively inside and through host memory between"
+             if len(set(islands)) > 1 else "rows travel in one island"]
+    words.append({"none": "one for every token and expert", "rank": "one for every token and rank",
+                  "island": "one for every token and island"}[sharing.dedup])
+    for way, dtype in zip(("forward", "backward"), sharing.wire_dtype):
+        if dtype is not None and len(set(islands)) > 1:
+            words.append(f"{str(dtype).removeprefix('torch.')} between islands in the {way} pass")
+    if sharing.overlap:
+        words.append("own rows are computed meanwhile" + (f", in {sharing.pieces} pieces" if sharing.pieces > 1 else ""))
+    return "; ".join(words)

@@ -22,6 +22,9 @@ def test_overrides_win_and_are_typed():
                                                         "placement.owners={0: [1, 0], 1: [2]}"])
     assert (config.model.top_k, config.train.lr, config.train_steps) == (3, 3e-4, 7)
     assert config.placement.owners == {0: [1, 0], 1: [2]}
+    islands = config_from_dict({}, ["world.islands=[nvidia,amd]", "dispatch.overlap=true", "dispatch.cross_dtype=int8"])
+    check_config(islands, 2)
+    assert islands.world.islands == ["nvidia", "amd"] and islands.dispatch.overlap is True
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
 
@@ -61,6 +64,14 @@ def test_bad_value_is_one_line(override):
     (["phases=[{train: -3}]"], ["-3"]),
     (["data.source=files"], ["data.path"]),
     (["world.device='cpu,cpu,cpu'"], ["3 devices", "2 ranks"]),
+    (["world.islands=[nvidia,amd,amd]"], ["world.islands", "3 entries", "2 ranks"]),
+    (["world.islands=[0.5,1]"], ["world.islands", "0.5"]),
+    (["world.transport=carrier_pigeon"], ["carrier_pigeon", "torchdist", "islands"]),
+    (["world.transport=torchdist", "dispatch.dedup=island"], ["dedup=island", "world.transport=islands"]),
+    (["world.transport=torchdist", "dispatch.cross_dtype=int8"], ["cross_dtype", "world.transport=islands"]),
+    (["dispatch.cross_dtype=fp8"], ["fp8", "null", "int8"]),
+    (["dispatch.overlap=perhaps"], ["perhaps", "auto", "true"]),
+    (["dispatch.overlap=false", "dispatch.overlap_chunks=2"], ["overlap_chunks=2", "dispatch.overlap=true"]),
 ])
 def test_impossible_combinations_are_refused_with_numbers(overrides, words):
     with pytest.raises(ConfigError) as error:
@@ -71,7 +82,8 @@ def test_impossible_combinations_are_refused_with_numbers(overrides, words):
 
 
 def test_resolved_yaml_reads_back_equal_and_explains_every_key(tmp_path):
-    config = config_from_dict({}, ["placement.counts=[5,3]", "data.path=some where", "train.eps=1e-9", "name='1e5'"])
+    config = config_from_dict({}, ["placement.counts=[5,3]", "data.path=some where", "train.eps=1e-9", "name='1e5'",
+                                   "world.islands=[nvidia,amd]", "dispatch.overlap=false"])
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "c.yaml") == config
     assert_comment_above_every_key(tmp_path / "c.yaml")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moedist.config import config_from_dict
+from moedist.coordinator.migrate import migrate
 from moedist.dispatch import build_transport
 from moedist.engine import TorchEngine
-from moedist.islands import number_islands
 from moedist.model import Batch, Transformer
 from moedist.phases.calibrate import Source, watch_experts
 from moedist.placement import LayerPlan, Plan
@@ -18,7 +18,13 @@ from tests.ranks import run_ranks
 
 ISLANDS = (0, 0, 1)
 SEQUENCES, VOCAB, STEPS = (5, 0, 3), 21, 30
-OWNERS = {"single": ((0,), (0,), (0,), (1,), (2,), (2,)), "copies": ((0, 2), (0,), (0,), (0, 1), (1,), (2,))}
+OWNERS = {"single": ((0,), (0,), (0,), (1,), (2,), (2,)), "copies": ((0, 2), (0,), (0,), (0, 1), (1,), (2,)),
+          "moved": ((1,), (0, 2), (2,), (1,), (0,), (2,))}
+
+
+def plan_of(places):
+    layer = LayerPlan(OWNERS[places], tuple((1 / len(owners),) * len(owners) for owners in OWNERS[places]))
+    return Plan(3, ((0, layer), (1, layer)), (1.0,) * 3)
 
 
 def model_of(world, islands, places, dispatch, model, router="topk"):
@@ -28,19 +34,20 @@ def model_of(world, islands, places, dispatch, model, router="topk"):
         "data": {"sequence_length": 6}, "dispatch": dispatch, "router": {"name": router},
         "train": {"batch": 8, "eps": 1e-5}})
     world = on_islands(world, islands)  # dense gradients too
-    layer = LayerPlan(OWNERS[places], tuple((1 / len(owners),) * len(owners) for owners in OWNERS[places]))
-    plan = Plan(world.size, ((0, layer), (1, layer)), (1.0,) * world.size)
-    return Transformer(config, VOCAB, plan, build_transport(world), world.device, torch.float32, world.meter), config, world
+    transformer = Transformer(config, VOCAB, plan_of(places), build_transport(world), world.device, torch.float32, world.meter)
+    return transformer, config, world
 
 
 def train(world, islands, places, dispatch, model):
-    """Losses of 30 steps of Adam, and a dense weight after them."""
+    """Losses of 30 steps of Adam, and a dense weight after them; over islands, experts move in between."""
     transformer, config, world = model_of(world, islands, places, dispatch, model)
     engine = TorchEngine(transformer, config.train, world)
     first = sum(SEQUENCES[:world.rank])
     mine = slice(first, first + SEQUENCES[world.rank])
     losses = []
     for step in range(STEPS):
+        if islands and step == STEPS // 2:
+            migrate(world, engine, plan_of("moved"))
         ids = (torch.arange(8).unsqueeze(1) * 5 + step + 2 * torch.arange(7)) % VOCAB
         keys = torch.arange(8 * 6).view(8, 6)[mine]
         loss, _ = engine.forward(Batch(ids[mine, :-1], keys, step), ids[mine, 1:], torch.float32)
@@ -50,21 +57,22 @@ def train(world, islands, places, dispatch, model):
 
 
 @functools.lru_cache(maxsize=None)
-def plain(places):
-    return run_ranks(3, train, (), places, {}, {})[0][0]
+def plain(places, shared):
+    return run_ranks(3, train, (), places, {}, {"shared_experts": shared})[0][0]
 
 
 @pytest.mark.parametrize("places, dispatch, model", [
     ("single", {"dedup": "none", "overlap": False}, {}),
     ("single", {}, {}),  # auto: island, overlapped
-    ("copies", {"dedup": "rank", "overlap_chunks": 2}, {"shared_experts": 0}),
+    ("copies", {"dedup": "rank", "overlap_chunks": 2}, {"shared_experts": 1}),
     ("copies", {"dedup": "island", "overlap_chunks": 2}, {"recompute": True}),
 ], ids=str)
 def test_losses_over_islands_equal_those_of_a_plain_training(places, dispatch, model):
     found = run_ranks(3, train, ISLANDS, places, dispatch, model)
-    assert plain(places)[-1] < plain(places)[0] - 0.5
+    wanted = plain(places, model.get("shared_experts", 0))
+    assert wanted[-1] < wanted[0] - 0.5
     for losses, weight in found:
-        assert losses == pytest.approx(plain(places), abs=1e-5)
+        assert losses == pytest.approx(wanted, abs=1e-5)
         assert torch.equal(weight, found[0][1]), "dense weights are equal on all ranks to the bit"
 
 
@@ -93,15 +101,12 @@ def test_experts_are_watched_as_in_a_plain_run():
             assert rows == other[key][1] and weight == pytest.approx(other[key][2], rel=1e-5)
 
 
-def test_names_number_islands():
-    assert number_islands(["nvidia", "nvidia", "amd"]) == (0, 0, 1) and number_islands([1, 0]) == (1, 0)
-
-
 def test_a_run_over_islands(tmp_path, cache):
     """As a user starts it: CPU ranks play two vendors, and the losses are those of one."""
     common = ["train", *QUICKSTART, "phases=[{train: 30}]", "train.eps=1e-5", "checkpoint.every=0"]
     moedist(2, cache, *common, f"folder={tmp_path}/plain")
-    moedist(2, cache, *common, f"folder={tmp_path}/islands", "world.islands=[nvidia,amd]", "world.transport=islands")
+    done = moedist(2, cache, *common, f"folder={tmp_path}/islands", "world.islands=[nvidia,amd]", "world.transport=islands")
+    assert "rows travel in islands [0, 1]" in done.stdout and "one for every token and island; own rows" in done.stdout
     islands = only_run(tmp_path / "islands")
     assert metrics(islands, "comm/other_islands_bytes")[30] > 0 < metrics(islands, "comm/layer.1/other_islands_ms")[30]
     assert metrics(islands, "comm/dedup_ratio")[30] <= 1
