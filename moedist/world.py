@@ -254,6 +254,8 @@ class World:
         """Sum a contiguous 1-D tensor over all ranks, in place; by islands where they have groups. Equal on all ranks."""
         if self.groups is None:
             return self.all_reduce_(flat)
+        if flat.device.type != "cpu":
+            torch.accelerator.synchronize(flat.device)  # what is still computed there is no waiting for others
         with self.meter.waiting():
             return self.groups.sum_(flat)
 
