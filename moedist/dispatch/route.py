@@ -10,7 +10,6 @@ T tokens, E experts, P placements, N pairs and U rows sent, W ranks, I islands.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Collection, Optional, Sequence
 
 import torch
@@ -97,11 +96,6 @@ class Planner:
         self.stop_W1 = torch.cat([stops, stops.new_tensor([w])]).to(device)
         self.islands = len(topology.members_I)
         self.island_W1 = torch.cat([self.island_W, stops.new_tensor([self.islands])]).to(device)
-
-    @cached_property
-    def counted(self) -> int:
-        """Length of what `count` returns."""
-        return self.experts + (self.layout.world_size + self.topology.gateways * self.islands if self.share_rows else 0)
 
     def count(self, tokens: int, token_N: torch.Tensor, expert_N: torch.Tensor) -> torch.Tensor:
         """int64: pairs of every expert; rows to every rank; rows to every island, if there are gateways. Experts with copies

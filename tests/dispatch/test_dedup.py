@@ -11,7 +11,7 @@ from moedist.dispatch import Sharing
 from moedist.routing import RouterInput
 from moedist.timing import Meter
 from tests.dispatch.counting import Counting
-from tests.dispatch.test_equivalence import cases, check_equals_one_process
+from tests.dispatch.test_equivalence import cases, check_equals_one_process, run_case_on
 from tests.moe_cases import Case, build_layer, run_case
 from tests.ranks import run_ranks
 
@@ -243,3 +243,14 @@ def test_the_error_of_rounding_is_measured(dtype, low, high):
     for square_error, square, wait_s, transfer_s in run_ranks(2, measured_error, case):
         assert low < (square_error / square) ** 0.5 < high
         assert 0 < wait_s <= transfer_s
+
+
+@pytest.mark.gpu
+def test_shared_rows_on_an_accelerator_and_on_the_cpu_equal_one_process():
+    kind = torch.accelerator.current_accelerator().type
+    case = Case((0, 1, 1, 0), (2, 1), islands=(0, 1), sharing=Sharing("island", (None, None), True, 2))
+    alone = run_ranks(1, run_case, case.alone())[0]
+    for devices in ((kind, "cpu"), (kind, kind)):
+        parts = run_ranks(2, run_case_on, case, devices)
+        torch.testing.assert_close(torch.cat([p.y for p in parts]), alone.y, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(torch.cat([p.grad_x for p in parts]), alone.grad_x, rtol=1e-10, atol=1e-10)
