@@ -47,7 +47,7 @@ def ways(draw) -> Case:
     return Case(**{**case.__dict__, "islands": draw(st.sampled_from(islands)), "sharing": sharing})
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(ways())
 def test_any_router_and_placement_equals_one_process(case):
     check_equals_one_process(case)
