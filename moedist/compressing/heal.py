@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Sequence
 
+from tqdm import tqdm
+
 from moedist.bench.figures import write_figures
 from moedist.checkpoint import RunFolder, read_meta
 from moedist.compressing.sweep import parse_variant
@@ -85,7 +87,9 @@ class _Trial:
                 if not carry:
                     run.engine.experts.rebuild({}, 0)
             found = []
-            for done in range(self.marks[-1] + 1):
+            bar = tqdm(range(self.marks[-1] + 1), desc=c.method if c else "uncompressed", unit="step", leave=False,
+                       disable=not self.world.is_main or None)
+            for done in bar:
                 if done in self.marks:
                     found.append(self._perplexity(run))
                 if done < self.marks[-1]:
