@@ -141,4 +141,8 @@ def test_healing_is_compared_with_the_uncompressed_model(run, cache, tmp_path):
         < figures.keys()
     assert all(0.9 < v < 1.1 for v in figures.values()) and figures["compress.cur.0.4.moments.12"] == \
         figures["compress.cur.0.4.healed_ratio"]
+    done = moedist(1, cache, "compress", str(run), "--heal", "11", "--methods", "cur", "--ratio", "0.4", "--step", "3", "--tokens",
+                   "512", "--option", "distill_steps=5", "--json", str(tmp_path / "distilled.json"))
+    assert {name.rsplit(".", 1)[1] for name in json.loads((tmp_path / "distilled.json").read_text())} \
+        == {"10", "11", "healed_ratio"}  # 5 of the 11 steps are distillation
     assert "uncompressed" in done.stdout and not [p for p in run.parent.iterdir() if "heal" in p.name]

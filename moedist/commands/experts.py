@@ -76,7 +76,7 @@ def _compress(args: argparse.Namespace) -> None:
     from moedist.config import compress_options
     if args.heal is not None:
         methods = args.methods.split(",") if args.methods else [args.method]
-        heal_run(args.run, methods, args.ratio, args.heal, args.tokens, args.overrides, args.step, args.json)
+        heal_run(args.run, methods, args.ratio, args.heal, args.tokens, args.overrides, args.step, args.json, args.option)
         return
     if args.dense:
         from moedist.trainer import train_on
