@@ -6,6 +6,6 @@ gathers and sums with exact gradients.
 
 from moedist.dispatch.dispatcher import Dispatcher, Meta
 from moedist.dispatch.layout import Layout
-from moedist.dispatch.transport import LocalTransport, TorchDistTransport, Transport, build_transport
+from moedist.dispatch.transport import LocalTransport, Pending, TorchDistTransport, Transport, build_transport
 
-__all__ = ["Dispatcher", "Layout", "LocalTransport", "Meta", "TorchDistTransport", "Transport", "build_transport"]
+__all__ = ["Dispatcher", "Layout", "LocalTransport", "Meta", "Pending", "TorchDistTransport", "Transport", "build_transport"]
