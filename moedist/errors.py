@@ -30,4 +30,8 @@ class CompressError(MoedistError):
 
 
 class WorldError(MoedistError):
-    """Ranks that cannot find each other, disagree, or died."""
+    """Ranks that cannot find each other, disagree, or died; `speaks` is False where another rank says it."""
+
+    def __init__(self, text: str, speaks: bool = True):
+        super().__init__(text)
+        self.speaks = speaks

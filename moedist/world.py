@@ -8,57 +8,30 @@ memory over gloo, so that GPU and CPU ranks can share a job. All that knows abou
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import sys
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Mapping
+from typing import Any, Sequence
 
 import torch
 import torch.distributed as dist
 
 from moedist.config import WorldConfig
 from moedist.errors import WorldError
-from moedist.faults import Peer, start_watch, stop_watch
-from moedist.meeting import meet
+from moedist.faults import start_watch, stop_watch
+from moedist.liveness import Peer, start_liveness
+from moedist.mpi import finish_mpi, mpi_version, start_mpi
+from moedist.rendezvous.address import find_address
+from moedist.rendezvous.interface import use_interface
+from moedist.rendezvous.launch import Launch, find_launch
+from moedist.rendezvous.meeting import local_rank_of, meet
 from moedist.timing import Meter, Throttle
 
 NATIVE_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Rank, size and local rank as the launcher's environment variables say."""
-
-    rank: int
-    size: int
-    local_rank: int
-    launcher: str
-
-
-def find_launch(env: Mapping[str, str] = os.environ) -> Launch:
-    """Read torchrun's, MPI's or Slurm's variables, in this order; a lone process is a world of one.
-
-    Raises:
-        WorldError: a variable is not a number, or the rank is outside the world.
-    """
-    names = (("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-             ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-             ("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-             ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-    for launcher, rank, size, local in names:
-        # an interactive Slurm shell sets SLURM_NTASKS without starting tasks: a step is named by SLURM_STEP_ID
-        if rank in env and size in env and (launcher != "slurm" or "SLURM_STEP_ID" in env):
-            try:
-                found = Launch(int(env[rank]), int(env[size]), int(env.get(local, env[rank])), launcher)
-            except ValueError as error:
-                raise WorldError(f"{rank}={env[rank]!r}, {size}={env[size]!r}: not whole numbers; "
-                                 "start with torchrun, mpirun or srun") from error
-            if not 0 <= found.rank < found.size:
-                raise WorldError(f"{rank}={found.rank} is outside the world of {size}={found.size}; check the launcher")
-            return found
-    return Launch(0, 1, 0, "single process")
 
 
 def pick_device(wanted: str, launch: Launch) -> torch.device:
@@ -84,7 +57,7 @@ def pick_device(wanted: str, launch: Launch) -> torch.device:
         if device.type != kind:
             raise WorldError(f"world.device asks for {name!r} but the accelerator here is {kind!r}; use auto, cpu or {kind}")
         return device
-    return torch.device(kind, launch.local_rank % torch.accelerator.device_count())
+    return torch.device(kind, (launch.local_rank or 0) % torch.accelerator.device_count())
 
 
 def vendor_of(device: torch.device) -> str:
@@ -120,6 +93,23 @@ def leave_process() -> None:
     os._exit(0)
 
 
+def _start_mpi(transport: str, launch: Launch) -> Any:
+    """An MPI communicator where MPI is asked for, or started this process and is needed to find rank 0; else None.
+
+    Raises:
+        WorldError: it is asked for and is not there.
+    """
+    located = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    if transport == "mpi" or (launch.by_mpi and importlib.util.find_spec("mpi4py") and not (transport != "auto" and located)):
+        return start_mpi(launch.rank, launch.size, launch.launcher)
+    return None
+
+
+def _cores() -> frozenset[int]:
+    """The cores that this process may run on."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
 @dataclass
 class World:
     """This rank among the others. Make one with `World.start`, end it with `close` (or use `with`)."""
@@ -131,6 +121,10 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: Any = None  # gloo group; None in a world of one
     native: Any = None  # nccl/xccl group where all ranks share one vendor, else None
+    mpi: Any = None  # MPI communicator of all ranks, where MPI is up
+    transport: str = "local"  # what carries rows between ranks, and why that
+    transport_why: str = "one rank"
+    timeout_s: float = 300.0  # of a collective
     islands: tuple[int, ...] = (0,)  # island of every rank: ranks that share a native collective library
     meter: Meter = field(default_factory=Meter)
 
@@ -142,42 +136,72 @@ class World:
             WorldError: the ranks cannot meet, or the device is missing.
         """
         launch = find_launch()
-        device = pick_device(config.device, launch)
+        # before the ranks meet, where it can be: a device that is missing is told at once
+        device = None if launch.local_rank is None else pick_device(config.device, launch)
+        store, life, mpi = None, "", None
+        if launch.size > 1:
+            interface = use_interface(config.interface)
+            mpi = _start_mpi(config.transport, launch)
+            store, life = meet(launch, find_address(launch, mpi, interface), config.rendezvous_timeout_s)
+            if launch.local_rank is None:
+                launch = replace(launch, local_rank=local_rank_of(store, launch.rank))
+        device = device or pick_device(config.device, launch)
         if device.type == "cpu":
             keep_freed_memory()
         else:
             torch.accelerator.set_device_index(device.index or 0)
         slowdown = {step: factors[launch.rank] for step, factors in (config.slowdown or {}).items()}
-        world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device,
+        world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device, mpi=mpi, timeout_s=config.timeout_s,
                     meter=Meter(Throttle(slowdown, device), device))
         if launch.size > 1:
-            world._connect(config.timeout_s)
+            world._connect(store, life, config.transport, launch.by_mpi)
         if config.islands is not None:
             world.islands = tuple(config.islands)
         return world
 
-    def _connect(self, timeout_s: float) -> None:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
-        timeout = timedelta(seconds=timeout_s)
+    def _connect(self, store: Any, life: str, transport: str, by_mpi: bool) -> None:
+        timeout = timedelta(seconds=self.timeout_s)
+        here = Peer.here()
         try:
-            store, life = meet(self.rank, self.size, timeout_s)
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise WorldError(f"rank {self.rank} of {self.size} could not reach the others at {where} within {timeout_s:g} "
-                             f"s ({str(error).splitlines()[0]}); check MASTER_ADDR and the network") from error
+            raise WorldError(f"rank {self.rank} on {here.host} has met the others but cannot connect to all of them "
+                             f"({str(error).splitlines()[0]}); set MOEDIST_IFNAME to an interface that all hosts reach each other "
+                             "by") from error
         self.control = dist.group.WORLD
-        here = Peer.here()
-        vendors = self.gather_objects((vendor_of(self.device), self.device.type, here.host, self.device.index, here.pid))
-        names = list(dict.fromkeys(v[0] for v in vendors))
-        self.islands = tuple(names.index(v[0]) for v in vendors)
-        one_vendor = len({v[:2] for v in vendors}) == 1
-        own_device_each = len(set(v[2:4] for v in vendors)) == self.size  # NCCL refuses two ranks on one GPU
+        ranks = self.gather_objects((vendor_of(self.device), self.device.type, here, self.device.index, _cores()))
+        names = list(dict.fromkeys(r[0] for r in ranks))
+        self.islands = tuple(names.index(r[0]) for r in ranks)
+        one_vendor = len({r[:2] for r in ranks}) == 1
+        own_device_each = len({(r[2].host, r[3]) for r in ranks}) == self.size  # NCCL refuses two ranks on one GPU
         backend = NATIVE_BACKENDS.get(self.device.type)
         if one_vendor and own_device_each and backend and dist.is_backend_available(backend):
             self.native = dist.new_group(backend=backend, timeout=timeout)
-        start_watch(self.rank, life, [Peer(v[2], v[4]) for v in vendors])
+        self._choose_transport(transport, by_mpi, [(r[2].host, r[4]) for r in ranks])
+        liveness = None
+        if by_mpi or self.mpi is not None:
+            liveness = self.broadcast_object(start_liveness(life) if self.is_main else None)
+        start_watch(self.rank, life, [r[2] for r in ranks], liveness)
+
+    def _choose_transport(self, wanted: str, by_mpi: bool, hosts: Sequence[tuple[str, frozenset[int]]]) -> None:
+        """Resolve `auto` alike on all ranks. `hosts`: of every rank, its host and the cores that it may run on."""
+        self.transport, self.transport_why = wanted, "as configured"
+        if wanted != "auto":
+            return
+        self.transport = "torchdist"
+        if not by_mpi:
+            self.transport_why = f"started by {self.launcher}"
+        elif self.mpi is None:
+            self.transport_why = "mpi4py is not installed"
+        elif self.native is not None:
+            self.transport_why = "all ranks have accelerators of one vendor"
+        else:
+            ranks = Counter(host for host, _ in hosts)
+            cores = {name: len(frozenset().union(*(c for host, c in hosts if host == name))) for name in ranks}
+            crowded = [name for name in ranks if ranks[name] > cores[name]]
+            self.transport = "torchdist" if crowded else "mpi"
+            self.transport_why = (f"waiting MPI ranks spin, and {crowded[0]} has {ranks[crowded[0]]} ranks on "
+                                  f"{cores[crowded[0]]} cores" if crowded else f"{mpi_version()}, a core for every rank")
 
     @property
     def is_main(self) -> bool:
@@ -193,13 +217,16 @@ class World:
     def __exit__(self, kind: Any, *_: Any) -> None:
         # a rank that fails keeps its connections until it has said why: the others must not take it for dead before
         if self.size == 1 or kind is None or not issubclass(kind, Exception):
-            self.close()
+            self.close(all_ranks=kind is None)
 
-    def close(self) -> None:
+    def close(self, all_ranks: bool = True) -> None:
+        """End well. `all_ranks`: whether the others do so too; MPI's end waits for them."""
         stop_watch()
         if self.control is not None and dist.is_initialized():
             dist.destroy_process_group()
-        self.control = self.native = None
+        if self.mpi is not None and all_ranks:
+            finish_mpi()
+        self.control = self.native = self.mpi = None
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -95,5 +95,10 @@ class _TorchDistPending:
 
 
 def build_transport(world: World) -> Transport:
-    """The transport for this world."""
-    return LocalTransport() if world.size == 1 else TorchDistTransport(world)
+    """The transport that this world has chosen."""
+    if world.size == 1:
+        return LocalTransport()
+    if world.transport == "mpi":
+        from moedist.dispatch.mpi_transport import MpiTransport  # needs mpi4py
+        return MpiTransport(world)
+    return TorchDistTransport(world)
