@@ -30,8 +30,13 @@ class CompressError(MoedistError):
 
 
 class WorldError(MoedistError):
-    """Ranks that cannot find each other, disagree, or died; `speaks` is False where another rank says it."""
+    """Ranks that cannot find each other, disagree, or died.
 
-    def __init__(self, text: str, speaks: bool = True):
+    Args:
+        told_by: before ranks have met, who is to say it: "rank" (each that has it), "host" (one rank of a host: the others
+            have it too) or "other" (a rank that has more to say).
+    """
+
+    def __init__(self, text: str, told_by: str = "rank"):
         super().__init__(text)
-        self.speaks = speaks
+        self.told_by = told_by

@@ -34,20 +34,26 @@ STORE_TIMEOUT_S = 5.0
 
 
 class Watch:
-    """This rank's ear to the failures of others, and its mouth. `liveness`: port of the process beside rank 0, if there is one."""
+    """This rank's ear to the failures of others, and its mouth.
+
+    Args:
+        life: the name that all have met under; peers: where every rank is; liveness: the port of the process beside rank 0
+            that sees ranks die, None where there is none.
+    """
 
     def __init__(self, rank: int, life: str, peers: Sequence[Peer], liveness: Optional[int] = None):
         import torch.distributed as dist
         self.rank, self.peers = rank, peers
         self._keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+        host = "localhost" if self._keeps_store else os.environ["MASTER_ADDR"]
+        store = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=timedelta(seconds=STORE_TIMEOUT_S), wait_for_workers=False)
         self._store: Any = dist.PrefixStore(f"moedist/{life}/faults", store)
         self._stopped, self._answered, self._answering = threading.Event(), False, threading.Lock()
         self._lifeline: Optional[Lifeline] = None
         if liveness is not None:
             try:
-                self._lifeline = Lifeline(os.environ["MASTER_ADDR"], liveness, life, rank, peers[rank], self._end)
+                self._lifeline = Lifeline(host, liveness, life, rank, peers[rank], self._end)
             except OSError as error:
                 print(f"warning: rank {rank} on {peers[rank].host} has no connection to the liveness process on rank 0's host "
                       f"(port {liveness}: {error}); where it is killed, nobody may say so", flush=True)

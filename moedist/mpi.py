@@ -32,16 +32,16 @@ def start_mpi(rank: int, size: int, launcher: str) -> Any:
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
-        raise WorldError(f"rank {rank} cannot import MPI ({' '.join(str(error).split())}); {way}") from error
+        raise WorldError(f"rank {rank} cannot import MPI ({' '.join(str(error).split())}); {way}", told_by="host") from error
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         _started_here = True
     _mpi = MPI
     found = MPI.COMM_WORLD.Get_size()
     if found != size:
-        raise WorldError(f"{launcher} started {size} ranks but MPI ({mpi_version()}) sees {found}: it was not MPI that started "
-                         f"them, or another MPI than mpi4py's; start with the mpirun of that MPI (mpirun -n {size} python -m "
-                         "moedist ...) or with srun --mpi=pmi2 or pmix, or set world.transport=torchdist")
+        raise WorldError(f"{launcher} started {size} ranks but MPI ({mpi_version()}) sees {found}: it was not MPI that "
+                         f"started them, or another MPI than mpi4py's; start with the mpirun of that MPI (mpirun -n {size} python -m "
+                         "moedist ...) or with srun --mpi=pmi2 or pmix, or set world.transport=torchdist", told_by="host")
     refuse_thread_level(MPI.Query_thread(), mpi_version())
     return MPI.COMM_WORLD.Split(0, rank)
 
@@ -51,7 +51,8 @@ def refuse_thread_level(level: int, version: str) -> None:
     names = ("MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED", "MPI_THREAD_SERIALIZED", "MPI_THREAD_MULTIPLE")
     if level < names.index("MPI_THREAD_SERIALIZED"):
         raise WorldError(f"this MPI ({version}) gives {names[level]}, but backward passes call it from other threads: it must "
-                         "give MPI_THREAD_SERIALIZED or above; take an MPI built with threads, or set world.transport=torchdist")
+                         "give MPI_THREAD_SERIALIZED or above; take an MPI built with threads, or set "
+                         "world.transport=torchdist", told_by="host")
 
 
 def mpi_version() -> str:

@@ -166,8 +166,8 @@ class World:
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise WorldError(f"rank {self.rank} on {here.host} has met the others but cannot connect to all of them "
-                             f"({str(error).splitlines()[0]}); set MOEDIST_IFNAME to an interface that all hosts reach each other "
-                             "by") from error
+                             f"({str(error).splitlines()[0]}); set MOEDIST_IFNAME to an interface that all hosts "
+                             "can reach each other by") from error
         self.control = dist.group.WORLD
         ranks = self.gather_objects((vendor_of(self.device), self.device.type, here, self.device.index, _cores()))
         names = list(dict.fromkeys(r[0] for r in ranks))

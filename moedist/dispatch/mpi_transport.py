@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from itertools import accumulate
@@ -23,7 +22,7 @@ from moedist.errors import WorldError
 from moedist.world import World
 
 MOST_ROWS = 2**31 - 1  # MPI counts and places rows in a C int, whatever the bytes of a row
-SPINS = 200  # tests in a row before the core is offered to others: some tens of microseconds
+SPINS = 50  # tests in a row before the core is offered to others: some tens of microseconds
 CLOCK_EVERY = 1024
 
 
@@ -72,7 +71,7 @@ class MpiTransport(Transport):
                     return
             tests += 1
             if tests > SPINS:
-                _yield_core()
+                time.sleep(0)  # gives up the core, and Python's lock
                 if tests % CLOCK_EVERY == 0 and time.monotonic() > deadline:
                     # in torch's words, by which `moedist.faults` knows that ranks are to be looked for
                     raise RuntimeError(f"Timed out waiting {self.world.timeout_s:g} s (world.timeout_s) in an MPI exchange")
@@ -102,9 +101,3 @@ class _MpiPending:
 
 def _starts(counts: Sequence[int]) -> list[int]:
     return [0, *accumulate(counts)][:-1]
-
-
-def _yield_core() -> None:
-    if hasattr(os, "sched_yield"):
-        os.sched_yield()
-    time.sleep(0)  # and Python's lock

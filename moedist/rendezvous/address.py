@@ -40,7 +40,8 @@ def find_address(launch: Launch, comm: Optional[Any] = None, interface: Optional
     """
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     if port is not None and not (port.isdigit() and 0 < int(port) < 65536):
-        raise WorldError(f"MASTER_PORT={port!r} is not a port; set a number from 1 to 65535, the same on all ranks")
+        raise WorldError(f"MASTER_PORT={port!r} is not a port; set a number from 1 to 65535, the same on all ranks",
+                         told_by="host")
     origin = "MASTER_ADDR" if host else ""
     if not (host and port) and comm is not None:
         host, port, origin = _by_broadcast(launch.rank, comm, host, port, interface)
@@ -71,5 +72,5 @@ def _by_variables(launch: Launch, env: MutableMapping[str, str]) -> tuple[str, s
     if local < launch.size:
         raise WorldError(f"{launch.size} ranks on several hosts ({local} on this one), and nothing says where rank 0 is; set "
                          "MASTER_ADDR to its host on all ranks" + ("; with mpi4py installed MPI says it" if launch.by_mpi
-                                                                   else ""))
+                                                                   else ""), told_by="host")
     return "127.0.0.1", "one host"

@@ -29,10 +29,10 @@ def use_interface(configured: Optional[str]) -> Optional[str]:
     if name not in here:
         raise WorldError(f"{origin}={name}: {socket.gethostname()} has no such network interface; it has "
                          f"{', '.join(f'{n} ({a})' if a else n for n, a in here.items())}; set {VARIABLE} on each host, or "
-                         "world.interface, to one of them")
+                         "world.interface, to one of them", told_by="host")
     if here[name] is None and sys.platform == "linux":
         raise WorldError(f"{origin}={name}: this interface of {socket.gethostname()} has no IPv4 address; choose one of "
-                         f"{', '.join(n for n, a in here.items() if a)}")
+                         f"{', '.join(n for n, a in here.items() if a)}", told_by="host")
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name  # RCCL reads NCCL's
     return name
 

@@ -3,8 +3,8 @@
 torchrun restarts a job's processes beside the same key-value store, and torch reads there what the former life wrote: ranks
 then call at addresses that nobody answers any more, and hang (pytorch/pytorch#135712, seen in 1 of 5 restarts on gloo with
 torch 2.13). TORCHELASTIC_RESTART_COUNT does not tell lives apart: each node counts its own failures. So rank 0 names the life,
-and answers each process by a word that only this process has said. All then wait for all, so that whoever is missing is named by
-rank 0, once.
+and answers each process by a word that only this process has said. All then wait for all, so that whoever is missing is
+named once, by rank 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from moedist.rendezvous.interface import VARIABLE, interfaces
 from moedist.rendezvous.launch import Launch
 
 POLL_S = 0.02
-SPEAK_S = 3.0  # that the others leave rank 0 to say who is missing, before a launcher ends all because one has ended
+CONNECT_S = 5.0  # of one try
+LINGER_S = 1.0  # that rank 0 keeps its store, for the others to read that it speaks
 ANSWER_S = 10.0  # that rank 0 may be late by
 MISSING = "missing"
 
@@ -40,18 +41,18 @@ def meet(launch: Launch, address: Address, timeout_s: float) -> tuple[Any, str]:
     """
     try:
         store = _open_store(launch, address, timeout_s)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise _unreachable(launch, address, timeout_s, error) from error
     hall = dist.PrefixStore("moedist/meeting", store)
     host = socket.gethostname()
     try:
         life = _host(hall, launch.size, timeout_s) if launch.rank == 0 else _come(hall, launch.rank)
     except _Missing as error:
-        if launch.rank:
-            time.sleep(SPEAK_S)
+        if launch.rank == 0:
+            time.sleep(LINGER_S)
         raise WorldError(f"{error} to rank 0 on {host} at {address} within {timeout_s:g} s; look for what they say above, and "
                          f"set {VARIABLE} (interfaces here: {_interfaces()}) or world.rendezvous_timeout_s",
-                         speaks=not launch.rank) from error
+                         told_by="other" if launch.rank else "rank") from error
     except RuntimeError as error:
         raise WorldError(f"rank {launch.rank} on {host} reached {address} but rank 0 did not answer within "
                          f"{timeout_s + ANSWER_S:g} s ({_first_line(error)}); see whether rank 0 was started, and has not "
@@ -71,11 +72,31 @@ def _open_store(launch: Launch, address: Address, timeout_s: float) -> Any:
     timeout = timedelta(seconds=timeout_s)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size, timeout=timeout))
-    else:  # not by dist.rendezvous: its rank 0 waits for a number of connections, and cannot say who is missing
-        store = dist.TCPStore(address.host, address.port, launch.size, is_master=launch.rank == 0, timeout=timeout,
-                              wait_for_workers=False)
+    else:
+        if launch.rank:
+            timeout -= timedelta(seconds=_reach(address, timeout_s))
+        # not by dist.rendezvous: its rank 0 waits for a number of connections, and cannot say who is missing
+        store = dist.TCPStore(address.host if launch.rank else "localhost", address.port, launch.size,
+                              is_master=launch.rank == 0, timeout=timeout, wait_for_workers=False)
     store.set_timeout(timedelta(seconds=timeout_s + ANSWER_S))
     return store
+
+
+def _reach(address: Address, timeout_s: float) -> float:
+    """Seconds until rank 0 takes connections; torch's own tries print a stack trace each.
+
+    Raises:
+        OSError: it has not within `timeout_s`; the last try's.
+    """
+    start = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((address.host, address.port), timeout=CONNECT_S).close()
+            return time.monotonic() - start
+        except OSError:
+            if time.monotonic() - start > timeout_s:
+                raise
+        time.sleep(POLL_S)
 
 
 class _Missing(RuntimeError):
@@ -115,10 +136,12 @@ def _unreachable(launch: Launch, address: Address, timeout_s: float, error: Exce
     if launch.rank == 0 and ("EADDRINUSE" in text or "address already in use" in text.lower()):
         return WorldError(f"rank 0 on {host} cannot open port {address.port}: another program, perhaps another job, has it; "
                           "set MASTER_PORT to a free one on all ranks")
+    # of the ranks of a host, which would all say the same, the first one that is not rank 0: it is there already
+    first = launch.local_rank in (0, None) or launch.rank == launch.local_rank == 1
     return WorldError(f"rank {launch.rank} on {host} could not reach {address} ({address.origin}) within {timeout_s:g} s "
-                      f"({_first_line(error)}); set {VARIABLE} to an interface that leads there (here: {_interfaces()}), or see "
-                      "whether rank 0 runs there, MASTER_ADDR is right, and no firewall is between",
-                      speaks=launch.local_rank in (0, None))  # the other ranks of this host would say the same
+                      f"({_first_line(error)}); set {VARIABLE} to an interface that leads there (here: {_interfaces()}), or "
+                      "see whether rank 0 runs there, MASTER_ADDR is right, and no firewall is between",
+                      told_by="rank" if first else "other")
 
 
 def _interfaces() -> str:

@@ -10,6 +10,8 @@ from moedist.errors import WorldError
 FIRST_PORT, PORTS = 12000, 16000  # below the ports that systems hand out themselves (32768 on Linux)
 # the first that is set names rank 0's host first: in a heterogeneous job the other lists are the sorted union
 NODE_LISTS = ("SLURM_JOB_NODELIST_HET_GROUP_0", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
+ENTRY = rf"(?:[^,\[\]\s]|{RANGES})+"  # names with ranges of numbers in brackets
 JOB_IDS = ("SLURM_HET_JOB_ID", "SLURM_JOB_ID", "SLURM_JOBID")  # a component of a heterogeneous job has an id of its own
 
 
@@ -23,25 +25,22 @@ def expand_nodes(text: str) -> list[str]:
         WorldError: it is not one.
     """
     hosts: list[str] = []
-    for part in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", text.strip()):
+    if not re.fullmatch(rf"{ENTRY}(?:,{ENTRY})*", text.strip()):
+        raise WorldError(f"Slurm's node list {text!r} cannot be read; set MASTER_ADDR to the host of rank 0", told_by="host")
+    for entry in re.findall(ENTRY, text.strip()):
         names = [""]
-        for brackets, plain in re.findall(r"\[([^\]]*)\]|([^\[]+)", part):
-            names = [name + piece for name in names for piece in ([plain] if plain else _ranges(brackets, text))]
+        for brackets, plain in re.findall(r"\[([^\]]*)\]|([^\[]+)", entry):
+            names = [name + piece for name in names for piece in ([plain] if plain else _ranges(brackets))]
         hosts += names
-    if not hosts or any(c in host for host in hosts for c in "[] "):
-        raise WorldError(f"Slurm's node list {text!r} cannot be read; set MASTER_ADDR to the host of rank 0")
     return hosts
 
 
-def _ranges(text: str, whole: str) -> list[str]:
+def _ranges(text: str) -> list[str]:
     """'1-3,07' -> 1 2 3 07; leading zeros keep their width."""
     numbers: list[str] = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not found:
-            raise WorldError(f"Slurm's node list {whole!r} has the range {part!r}; set MASTER_ADDR to the host of rank 0")
-        first, last = found[1], found[2] or found[1]
-        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+        first, _, last = part.partition("-")
+        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
     return numbers
 
 
