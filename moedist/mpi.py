@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any, NoReturn, Optional
 
 from moedist.errors import WorldError
+
+PASSED_ON_S = 1.0  # that mpirun needs to print what ranks have said: at an abort it forgets what it has not passed on
 
 _mpi: Optional[Any] = None  # the module mpi4py.MPI, while MPI is up
 _started_here = False
@@ -76,5 +79,6 @@ def end_process() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if _mpi is not None and not _mpi.Is_finalized():
+        time.sleep(PASSED_ON_S)
         _mpi.COMM_WORLD.Abort(1)
     os._exit(1)

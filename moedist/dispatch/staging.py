@@ -42,13 +42,13 @@ class Staging:
             if buffer is None or len(buffer) < nbytes:
                 size = max(LEAST_BYTES, 1 << max(nbytes - 1, 0).bit_length())
                 buffer = torch.empty(size, dtype=torch.uint8, pin_memory=torch.accelerator.is_available())
-            self._whole[buffer.data_ptr()] = buffer
+            self._whole[_address(buffer)] = buffer
         return buffer[:nbytes]
 
     def give(self, part: torch.Tensor, copied: Optional[Any] = None) -> None:
         """The buffer that `part` is the beginning of is free, once the event `copied` has happened."""
         with self._changing:
-            self._free.append((self._whole.pop(part.data_ptr()), copied))
+            self._free.append((self._whole.pop(_address(part)), copied))
 
     def send(self, rows: torch.Tensor) -> torch.Tensor:
         """The bytes of an accelerator's rows in host memory, there when this returns."""
@@ -65,6 +65,10 @@ class Staging:
         event = torch.Event(out.device)
         event.record()
         self.give(part, event)
+
+
+def _address(part: torch.Tensor) -> int:
+    return part.untyped_storage().data_ptr()  # an empty part has no address of its own
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
