@@ -6,7 +6,10 @@ then ends all ranks, also under launchers that would let the others wait for eve
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 import time
 from typing import Any, NoReturn, Optional
@@ -64,6 +67,21 @@ def mpi_version() -> str:
         return "no MPI"
     line = _mpi.Get_library_version().splitlines()[0].split(",")[0]
     return " ".join(line.replace("Version:", " ").split())
+
+
+def mpirun(ranks: int) -> list[str]:
+    """How this machine's mpirun starts so many processes.
+
+    Raises:
+        WorldError: there is none, or no mpi4py.
+    """
+    if shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None:
+        raise WorldError("mpirun and mpi4py are needed: pip install 'moedist[mpi]' where the site has an MPI (load its module "
+                         "first), 'moedist[mpich]' where it has none")
+    said = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout
+    as_root = ["--allow-run-as-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    options = ["--oversubscribe", *as_root] if "Open MPI" in said else []
+    return ["mpirun", *options, "-n", str(ranks)]
 
 
 def finish_mpi() -> None:

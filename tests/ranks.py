@@ -10,7 +10,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +20,9 @@ from typing import Any, Callable
 
 import pytest
 import torch.multiprocessing as mp
+
+import moedist.mpi
+from moedist.errors import WorldError
 
 CALL_TIMEOUT_S = 120
 START_TIMEOUT_S = 120
@@ -34,24 +36,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def mpirun(ranks: int) -> list[str]:
-    """How this machine's MPI starts so many processes; skips the test where there is no MPI, fails it under CI=true."""
-    if shutil.which("mpirun") is None or not _has("mpi4py"):
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no mpirun, or no mpi4py: pip install 'moedist[mpich]'")
-    options = []
-    if b"Open MPI" in _mpirun_version():
-        options = ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
-    return ["mpirun", *options, "-n", str(ranks)]
-
-
 @functools.lru_cache(maxsize=None)
-def _mpirun_version() -> bytes:
-    return subprocess.run(["mpirun", "--version"], capture_output=True).stdout
-
-
-def _has(module: str) -> bool:
-    from importlib.util import find_spec
-    return find_spec(module) is not None
+def mpirun(ranks: int) -> tuple[str, ...]:
+    """How this machine's MPI starts so many processes; skips the test where there is no MPI, fails it under CI=true."""
+    try:
+        return tuple(moedist.mpi.mpirun(ranks))
+    except WorldError as error:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
 
 
 class RankPool:

@@ -1,6 +1,5 @@
 """What is MPI's own: time-outs, what it refuses, its staging buffers."""
 
-import pytest
 import torch
 
 from moedist.dispatch import build_transport, mpi_transport
