@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import free_port
+from tests.warm import WarmLauncher
+
 ROOT = Path(__file__).parents[1]
 # a few hundred documents, bytes as tokens: seconds instead of minutes
 TINY = ["data.max_documents=150", "data.tokenizer=byte", "data.sequence_length=32", "model.layers=2", "model.width=32",
@@ -39,11 +42,26 @@ def command(ranks: int, *arguments: str) -> list[str]:
 
 
 def moedist(ranks: int, cache: Path, *arguments: str, ok: bool = True, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run to the end; fails with the output if the exit code is not what `ok` says."""
-    done = subprocess.run(command(ranks, *arguments), cwd=ROOT, env=environment(cache), capture_output=True, text=True,
-                          timeout=timeout)
+    """Run to the end; fails with the output if the exit code is not what `ok` says.
+
+    Ranks are forked from a process that has everything imported; MOEDIST_TEST_LAUNCH=torchrun starts all as a user does.
+    """
+    if os.environ.get("MOEDIST_TEST_LAUNCH", "warm") == "torchrun":
+        done = subprocess.run(command(ranks, *arguments), cwd=ROOT, env=environment(cache), capture_output=True, text=True,
+                              timeout=timeout)
+    else:
+        done = _warm().run(ranks, [str(a) for a in arguments], environment(cache), free_port(), timeout)
     assert (done.returncode == 0) == ok, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+_warm_launchers: list[WarmLauncher] = []
+
+
+def _warm() -> WarmLauncher:
+    if not _warm_launchers or _warm_launchers[-1].ended:
+        _warm_launchers.append(WarmLauncher(environment(Path())))
+    return _warm_launchers[-1]
 
 
 def start(ranks: int, cache: Path, *arguments: str) -> subprocess.Popen:

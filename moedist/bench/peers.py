@@ -10,7 +10,7 @@ from typing import Callable, Iterator
 import torch
 from torch import nn
 
-from moedist.engine.extension_locks import remove_old_locks
+from moedist.engine.deepspeed_start import import_deepspeed
 from moedist.model.feed_forward import FeedForward
 from moedist.model.moe import MoELayer
 
@@ -77,21 +77,13 @@ def _hugging_face(layer: MoELayer, tokens: int, dtype: torch.dtype,
 
 def _deepspeed(layer: MoELayer, dtype: torch.dtype, device: torch.device) -> Peer:
     """DeepSpeed's MoE, no token dropped, in a world of one."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if device.type == "cpu" else device.type)
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": 29512}.items():
-        os.environ.setdefault(name, str(value))
     # it prints while it sets up
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        import logging
-
-        remove_old_locks(print)
-        import deepspeed
+        deepspeed = import_deepspeed(device)
         from deepspeed.moe.layer import MoE
 
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        if not torch.distributed.is_initialized():
-            deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", verbose=False)
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_init_required=False, verbose=False)
         bank, router = layer.bank, layer.router
         expert = FeedForward(bank.width, bank.widths[0], bank.activation)
         moe = MoE(bank.width, expert, num_experts=len(bank.expert_ids), k=router.top_k, drop_tokens=False,

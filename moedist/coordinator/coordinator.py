@@ -11,7 +11,7 @@ from typing import Any, Mapping, Sequence
 import torch
 
 from moedist.config import Config
-from moedist.coordinator.facts import RankFacts, facts_to_json
+from moedist.coordinator.facts import RankFacts
 from moedist.coordinator.planning import Cluster, Proposal, first_plan, next_plan
 from moedist.coordinator.protocol import agree
 from moedist.coordinator.sizes import STATES, Sizes
@@ -121,9 +121,6 @@ class Coordinator:
         return found, [f"re-plan: {proposal.reason}; {proposal.moved} placements change, expert phase "
                        f"{1e3 * proposal.old_expert_s:.1f} -> {1e3 * proposal.expert_s:.1f} ms predicted (bound "
                        f"{1e3 * proposal.bound_s:.1f})"]
-
-    def facts_json(self) -> str:
-        return facts_to_json(list(self.facts or ()))
 
     @property
     def _horizon(self) -> int:

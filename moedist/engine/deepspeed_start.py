@@ -55,20 +55,7 @@ def start_deepspeed(root: nn.Module, optimizer: torch.optim.Optimizer, settings:
         ConfigError: the ranks' devices have no collective library in common.
     """
     _refuse_mixed_devices(world)
-    if world.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # or it takes a GPU that this run was told to leave alone
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # MPI and Slurm do not set it, DeepSpeed insists on it
-    # DeepSpeed calls what torch 2.13 has renamed
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    import deepspeed
-    # it warns of SGD, and of the dataclasses that routers take and give, which the engine sees to
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # its all-reduce in shared memory serves inference alone, but is compiled at start, for which other ranks and runs wait
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():  # a world of one has no process group
-        native = NATIVE_BACKENDS.get(world.device.type)
-        dist.init_process_group(f"cpu:gloo,{world.device.type}:{native}" if native else "gloo", store=dist.HashStore(),
-                                rank=0, world_size=1)
+    deepspeed = import_deepspeed(world.device, world.local_rank)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
             engine, *_ = deepspeed.initialize(
@@ -79,6 +66,25 @@ def start_deepspeed(root: nn.Module, optimizer: torch.optim.Optimizer, settings:
             raise
     meter_collectives(world.meter)
     return engine
+
+
+def import_deepspeed(device: torch.device, local_rank: int = 0) -> Any:
+    """The module, quiet, for this device, with a process group for a world of one where there is none."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or it takes a GPU that this run was told to leave alone
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # MPI and Slurm do not set it, DeepSpeed insists on it
+    # DeepSpeed calls what torch 2.13 has renamed
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    import deepspeed
+    # it warns of SGD, and of the dataclasses that routers take and give, which the engine sees to
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # its all-reduce in shared memory serves inference alone, but is compiled at start, for which other ranks and runs wait
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        native = NATIVE_BACKENDS.get(device.type)
+        dist.init_process_group(f"cpu:gloo,{device.type}:{native}" if native else "gloo", store=dist.HashStore(),
+                                rank=0, world_size=1)
+    return deepspeed
 
 
 def _refuse_mixed_devices(world: World) -> None:
