@@ -29,6 +29,7 @@ SAME_HOST_S = 1.0  # ranks that die together do not die at the same moment
 LINGER_S = 2.0
 TOLD_S = 5.0  # from the moment that a rank is to speak until it has spoken
 VERDICT_S = 3.0  # that the liveness process is given to see a closed connection
+MPI_VERDICT_S = 0.5  # the same where the error may be MPI's, each of which has words of its own for a rank that is gone
 GRACE_S = 15.0  # from a rank's failure until this one is ended, whatever it does
 STORE_TIMEOUT_S = 5.0
 
@@ -78,7 +79,7 @@ class Watch:
         # torchrun ends the others as soon as one is gone: first let it be known why
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lifeline = self._lifeline
-        if lifeline is not None and lifeline.heard.wait(VERDICT_S if is_lost_rank(error) else 0):
+        if lifeline is not None and lifeline.heard.wait(VERDICT_S if is_lost_rank(error) else MPI_VERDICT_S):
             return None
         try:
             words = self._lost(text) if is_lost_rank(error) else self._own(text)

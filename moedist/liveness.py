@@ -54,11 +54,12 @@ def obituary(ranks: Mapping[int, Peer], killed: bool) -> str:
 # -- in the ranks
 
 
-def start_liveness(life: str) -> Optional[int]:
-    """Start the process, for the ranks of this life; its port, or None where it cannot be started."""
+def start_liveness(life: str, size: int) -> Optional[int]:
+    """Start the process, for so many ranks of this life; its port, or None where it cannot be started."""
     try:
         with socket.create_server(("", 0), backlog=1024) as server:
-            subprocess.Popen([sys.executable, "-I", __file__, str(server.fileno()), life], pass_fds=[server.fileno()],
+            subprocess.Popen([sys.executable, "-I", __file__, str(server.fileno()), life, str(size)],
+                             pass_fds=[server.fileno()],
                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
             return server.getsockname()[1]
     except OSError:
@@ -143,10 +144,9 @@ class _Rank:
 class Monitor:
     """Waits until all ranks of a life are gone, and says so where one goes without a word."""
 
-    def __init__(self, server: socket.socket, life: str, say: Callable[[str], None]):
-        self._server, self._life, self._say = server, life, say
+    def __init__(self, server: socket.socket, life: str, size: int, say: Callable[[str], None]):
+        self._server, self._life, self._to_come, self._say = server, life, size, say
         self._ranks: set[_Rank] = set()
-        self._greeted = False
         self._end: Optional[float] = None
         self._selector = selectors.DefaultSelector()
         server.setblocking(False)
@@ -156,7 +156,7 @@ class Monitor:
         """Until the last rank is gone, or should be."""
         polled = time.monotonic()
         none_by = polled + WAIT_FOR_RANKS_S
-        while (self._ranks or not self._greeted) and polled < (none_by if not self._greeted else self._end or float("inf")):
+        while (self._ranks or (self._to_come > 0 and polled < none_by)) and polled < (self._end or float("inf")):
             events = self._selector.select(POLL_S)  # in the order in which they happened, where the system has epoll
             now = time.monotonic()
             for key, _ in events:
@@ -205,7 +205,7 @@ class Monitor:
             rank.number, rank.peer = int(who["rank"]), Peer(str(who["host"]), int(who["pid"]))
         except (ValueError, KeyError, TypeError):
             return False
-        self._greeted = True
+        self._to_come -= 1
         return True
 
     def _forget(self, rank: _Rank) -> None:
@@ -231,8 +231,8 @@ class Monitor:
 
 def main(arguments: Sequence[str]) -> None:
     """Watch over the ranks of a life that connect to an inherited socket."""
-    descriptor, life = arguments
-    Monitor(socket.socket(fileno=int(descriptor)), life,
+    descriptor, life, size = arguments
+    Monitor(socket.socket(fileno=int(descriptor)), life, int(size),
             lambda text: print(f"moedist: error: {text}", file=sys.stderr, flush=True)).run()
 
 

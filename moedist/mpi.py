@@ -46,8 +46,9 @@ def start_mpi(rank: int, size: int, launcher: str) -> Any:
     found = MPI.COMM_WORLD.Get_size()
     if found != size:
         raise WorldError(f"{launcher} started {size} ranks but MPI ({mpi_version()}) sees {found}: it was not MPI that "
-                         f"started them, or another MPI than mpi4py's; start with the mpirun of that MPI (mpirun -n {size} python -m "
-                         "moedist ...) or with srun --mpi=pmi2 or pmix, or set world.transport=torchdist", told_by="host")
+                         "started them, or another MPI than mpi4py's; start with the mpirun of that MPI "
+                         f"(mpirun -n {size} python -m moedist ...) or with srun --mpi=pmi2 or pmix, or set "
+                         "world.transport=torchdist", told_by="host")
     refuse_thread_level(MPI.Query_thread(), mpi_version())
     return MPI.COMM_WORLD.Split(0, rank)
 

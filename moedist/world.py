@@ -8,7 +8,6 @@ memory over gloo, so that GPU and CPU ranks can share a job. All that knows abou
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import platform
 import sys
@@ -27,7 +26,7 @@ from moedist.liveness import Peer, start_liveness
 from moedist.mpi import finish_mpi, mpi_version, start_mpi
 from moedist.rendezvous.address import find_address
 from moedist.rendezvous.interface import use_interface
-from moedist.rendezvous.launch import Launch, find_launch
+from moedist.rendezvous.launch import MPI_LAUNCHERS, Launch, find_launch
 from moedist.rendezvous.meeting import local_rank_of, meet
 from moedist.timing import Meter, Throttle
 
@@ -93,16 +92,22 @@ def leave_process() -> None:
     os._exit(0)
 
 
-def _start_mpi(transport: str, launch: Launch) -> Any:
-    """An MPI communicator where MPI is asked for, or started this process and is needed to find rank 0; else None.
+def _start_mpi(transport: str, launch: Launch) -> tuple[Any, str]:
+    """An MPI communicator where MPI is asked for, or has started this process and may be of use; else None and why.
 
     Raises:
-        WorldError: it is asked for and is not there.
+        WorldError: it is asked for and cannot be had.
     """
-    located = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
-    if transport == "mpi" or (launch.by_mpi and importlib.util.find_spec("mpi4py") and not (transport != "auto" and located)):
-        return start_mpi(launch.rank, launch.size, launch.launcher)
-    return None
+    if transport == "mpi":
+        return start_mpi(launch.rank, launch.size, launch.launcher), ""
+    if not launch.by_mpi:
+        return None, f"started by {launch.launcher}"
+    if transport != "auto" and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return None, "not asked for"
+    try:
+        return start_mpi(launch.rank, launch.size, launch.launcher), ""
+    except WorldError as error:
+        return None, str(error)
 
 
 def _cores() -> frozenset[int]:
@@ -138,10 +143,10 @@ class World:
         launch = find_launch()
         # before the ranks meet, where it can be: a device that is missing is told at once
         device = None if launch.local_rank is None else pick_device(config.device, launch)
-        store, life, mpi = None, "", None
+        store, life, mpi, no_mpi = None, "", None, ""
         if launch.size > 1:
             interface = use_interface(config.interface)
-            mpi = _start_mpi(config.transport, launch)
+            mpi, no_mpi = _start_mpi(config.transport, launch)
             store, life = meet(launch, find_address(launch, mpi, interface), config.rendezvous_timeout_s)
             if launch.local_rank is None:
                 launch = replace(launch, local_rank=local_rank_of(store, launch.rank))
@@ -154,12 +159,12 @@ class World:
         world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device, mpi=mpi, timeout_s=config.timeout_s,
                     meter=Meter(Throttle(slowdown, device), device))
         if launch.size > 1:
-            world._connect(store, life, config.transport, launch.by_mpi)
+            world._connect(store, life, config.transport, no_mpi)
         if config.islands is not None:
             world.islands = tuple(config.islands)
         return world
 
-    def _connect(self, store: Any, life: str, transport: str, by_mpi: bool) -> None:
+    def _connect(self, store: Any, life: str, transport: str, no_mpi: str) -> None:
         timeout = timedelta(seconds=self.timeout_s)
         here = Peer.here()
         try:
@@ -177,22 +182,24 @@ class World:
         backend = NATIVE_BACKENDS.get(self.device.type)
         if one_vendor and own_device_each and backend and dist.is_backend_available(backend):
             self.native = dist.new_group(backend=backend, timeout=timeout)
-        self._choose_transport(transport, by_mpi, [(r[2].host, r[4]) for r in ranks])
+        self._choose_transport(transport, no_mpi, [(r[2].host, r[4]) for r in ranks])
         liveness = None
-        if by_mpi or self.mpi is not None:
-            liveness = self.broadcast_object(start_liveness(life) if self.is_main else None)
+        if self.launcher in MPI_LAUNCHERS or self.mpi is not None:
+            liveness = self.broadcast_object(start_liveness(life, self.size) if self.is_main else None)
         start_watch(self.rank, life, [r[2] for r in ranks], liveness)
 
-    def _choose_transport(self, wanted: str, by_mpi: bool, hosts: Sequence[tuple[str, frozenset[int]]]) -> None:
-        """Resolve `auto` alike on all ranks. `hosts`: of every rank, its host and the cores that it may run on."""
+    def _choose_transport(self, wanted: str, no_mpi: str, hosts: Sequence[tuple[str, frozenset[int]]]) -> None:
+        """Resolve `auto` alike on all ranks.
+
+        Args:
+            no_mpi: why MPI is not up, where it is not; hosts: of every rank, its host and the cores that it may run on.
+        """
         self.transport, self.transport_why = wanted, "as configured"
         if wanted != "auto":
             return
         self.transport = "torchdist"
-        if not by_mpi:
-            self.transport_why = f"started by {self.launcher}"
-        elif self.mpi is None:
-            self.transport_why = "mpi4py is not installed"
+        if self.mpi is None:
+            self.transport_why = no_mpi
         elif self.native is not None:
             self.transport_why = "all ranks have accelerators of one vendor"
         else:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from moedist.faults import is_alive
-from tests.launching import ROOT, environment, moedist, output_of, start_command, wait_for_step
+from tests.launching import (QUICKSTART, ROOT, environment, metrics, moedist, only_run, output_of, start_command,
+                             wait_for_step)
 from tests.ranks import mpirun
 from tests.test_faults import COMMON, FAULT, MOST_S, ended, our_errors
 
@@ -85,11 +86,10 @@ def test_an_error_ends_all_and_is_told_once(tmp_path, cache, fault, ranks, words
 
 
 def test_thirty_steps_have_the_losses_of_torchrun_and_gloo(tmp_path, cache):
-    from tests.launching import QUICKSTART, metrics, only_run
     arguments = ["train", *QUICKSTART, "phases=[{train: 30}]", "checkpoint.every=0"]
     moedist(2, cache, *arguments, f"folder={tmp_path}/gloo")
-    done = subprocess.run([*mpirun(2), sys.executable, "-m", "moedist", *arguments, "world.transport=mpi", f"folder={tmp_path}/mpi"],
-                          cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=240)
+    command = [*mpirun(2), sys.executable, "-m", "moedist", *arguments, "world.transport=mpi", f"folder={tmp_path}/mpi"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rows travel by mpi" in done.stdout and not our_errors(done.stderr)
     gloo, mpi = metrics(only_run(tmp_path / "gloo")), metrics(only_run(tmp_path / "mpi"))

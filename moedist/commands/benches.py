@@ -12,7 +12,7 @@ EXAMPLES = {
     "bench hetero": "example:\n  moedist bench hetero --json hetero.json\n",
     "bench checkpoint": "example:\n  moedist bench checkpoint --json checkpoint.json\n"
                         "  torchrun --nproc-per-node 2 -m moedist bench checkpoint --folder /scratch\n",
-    "bench dispatch": "examples:\n  moedist bench dispatch --json dispatch.json        (starts mpirun here, on 2 and 4 ranks)\n"
+    "bench dispatch": "examples:\n  moedist bench dispatch --json dispatch.json     (starts mpirun here, on 2 and 4 ranks)\n"
                       "  srun --mpi=pmi2 -N 2 python -m moedist bench dispatch\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
 }

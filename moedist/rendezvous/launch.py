@@ -13,6 +13,7 @@ VARIABLES = (("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
              ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
              ("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
              ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+MPI_LAUNCHERS = ("openmpi", "mpi")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Launch:
     @property
     def by_mpi(self) -> bool:
         """Whether mpirun started this process."""
-        return self.launcher in ("openmpi", "mpi")
+        return self.launcher in MPI_LAUNCHERS
 
 
 def find_launch(env: Mapping[str, str] = os.environ) -> Launch:

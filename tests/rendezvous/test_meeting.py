@@ -81,8 +81,8 @@ def test_rank_0_names_who_is_missing_and_nobody_else_speaks():
 def test_an_unreachable_rank_0_is_named_once_by_every_host():
     port = free_port()
     errors = errors_of_meeting([1, 2], 3, port, timeout_s=0.5)
-    assert re.match(rf"rank 1 on {HOST} could not reach 127.0.0.1:{port} \(one host\) within 0.5 s \(\[Errno .*set MOEDIST_IFNAME to "
-                    r"an interface that leads there \(here: .*127.0.0.1", str(errors[1]))
+    assert re.match(rf"rank 1 on {HOST} could not reach 127.0.0.1:{port} \(one host\) within 0.5 s \(\[Errno .*set "
+                    r"MOEDIST_IFNAME to an interface that leads there \(here: .*127.0.0.1", str(errors[1]))
     assert errors[1].told_by == "rank" and errors[2].told_by == "other"
 
 
