@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from typing import NoReturn, Sequence
 
 from moedist.commands import GROUPS
 from moedist.errors import MoedistError, WorldError
 from moedist.faults import current_watch, is_lost_rank
+from moedist.mpi import end_process
+from moedist.rendezvous.launch import Launch, find_launch
+
+SPEAK_S = 2.0  # that a rank with nothing to say leaves the others to: launchers end all ranks when one has ended
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,21 +74,25 @@ def _end_by(error: Exception, debug: bool) -> NoReturn:
     if watch is None:  # one process, or ranks that have not met
         if debug or not mendable:
             raise error
-        _fail(text, same_on_all_ranks=not isinstance(error, WorldError))
+        _fail(text, error.told_by if isinstance(error, WorldError) else "host")
     words = watch.last_words(error, " ".join(text.split()))
     if words is not None:
         if debug or not (mendable or is_lost_rank(error)):
             traceback.print_exception(error)
         print(f"moedist: error: {words}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)  # the others wait for nothing of this process, and its clean-up may wait for them
+        watch.spoken()
+    end_process()
 
 
-def _fail(text: str, same_on_all_ranks: bool = False) -> None:
-    """Print an error on one line and end with exit code 1; once a machine where its ranks meet the same one."""
-    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0" if same_on_all_ranks else True
-    if speaks:
-        prefix = "" if size == "1" or rank == "0" else f"rank {rank}: "
+def _fail(text: str, told_by: str = "rank") -> NoReturn:
+    """Print an error on one line and end with exit code 1; `told_by` as in `WorldError`."""
+    try:
+        launch = find_launch()
+    except WorldError:  # it is what is told here
+        launch = Launch(0, 1, 0, "")
+    if told_by == "rank" or (told_by == "host" and launch.local_rank in (0, None)):
+        prefix = "" if launch.rank == 0 or text.startswith(f"rank {launch.rank} ") else f"rank {launch.rank}: "
         print(f"moedist: error: {prefix}{text}", file=sys.stderr, flush=True)
+    elif launch.size > 1:
+        time.sleep(SPEAK_S)
     sys.exit(1)

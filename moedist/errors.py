@@ -30,4 +30,13 @@ class CompressError(MoedistError):
 
 
 class WorldError(MoedistError):
-    """Ranks that cannot find each other, disagree, or died."""
+    """Ranks that cannot find each other, disagree, or died.
+
+    Args:
+        told_by: before ranks have met, who is to say it: "rank" (each that has it), "host" (one rank of a host: the others
+            have it too) or "other" (a rank that has more to say).
+    """
+
+    def __init__(self, text: str, told_by: str = "rank"):
+        super().__init__(text)
+        self.told_by = told_by

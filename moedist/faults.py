@@ -1,9 +1,10 @@
 """When a rank fails, all end within seconds, and one line says which rank it was, on which host, and why.
 
 A rank that fails by an error writes it into the job's key-value store before it goes. Every rank has a thread that looks
-there once a second: where the main thread waits for a rank that is gone and nobody tells it (NCCL does not), it ends the
+there once a second: where the main thread waits for a rank that is gone and nobody tells it (NCCL and MPI do not), it ends the
 process. A rank that is killed writes nothing. The others are told by their sockets, and call the roll: who neither answers
-nor, on the same machine, has a process is the one. Whoever comes first speaks for all.
+nor, on the same machine, has a process is the one. Whoever comes first speaks for all. Under MPI, where they may be told
+nothing or be killed as well, a process of its own sees who dies first, and speaks (`moedist.liveness`).
 
 The store is that of torch.distributed, over a connection of its own: kept by torchrun, or by rank 0.
 """
@@ -11,12 +12,14 @@ The store is that of torch.distributed, over a connection of its own: kept by to
 from __future__ import annotations
 
 import os
-import platform
 import signal
 import threading
 import time
 from datetime import timedelta
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Optional, Sequence
+
+from moedist.liveness import Lifeline, Peer, obituary
+from moedist.mpi import end_process
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
         "timeout caused pair closure", "remote process exited", "ncclRemoteError", "No route to host")
@@ -24,37 +27,44 @@ POLL_S = 1.0
 ROLL_CALL_S = 5.0  # several polls, on a machine with more work than cores
 SAME_HOST_S = 1.0  # ranks that die together do not die at the same moment
 LINGER_S = 2.0
+TOLD_S = 5.0  # from the moment that a rank is to speak until it has spoken
+VERDICT_S = 3.0  # that the liveness process is given to see a closed connection
+MPI_VERDICT_S = 0.5  # the same where the error may be MPI's, each of which has words of its own for a rank that is gone
 GRACE_S = 15.0  # from a rank's failure until this one is ended, whatever it does
 STORE_TIMEOUT_S = 5.0
 
 
-class Peer(NamedTuple):
-    """Where a rank is."""
-
-    host: str
-    pid: int
-
-    @classmethod
-    def here(cls) -> "Peer":
-        return cls(platform.node(), os.getpid())
-
-
 class Watch:
-    """This rank's ear to the failures of others, and its mouth."""
+    """This rank's ear to the failures of others, and its mouth.
 
-    def __init__(self, rank: int, life: str, peers: Sequence[Peer]):
+    Args:
+        life: the name that all have met under; peers: where every rank is; liveness: the port of the process beside rank 0
+            that sees ranks die, None where there is none.
+    """
+
+    def __init__(self, rank: int, life: str, peers: Sequence[Peer], liveness: Optional[int] = None):
         import torch.distributed as dist
         self.rank, self.peers = rank, peers
         self._keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+        host = "localhost" if self._keeps_store else os.environ["MASTER_ADDR"]
+        store = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=timedelta(seconds=STORE_TIMEOUT_S), wait_for_workers=False)
         self._store: Any = dist.PrefixStore(f"moedist/{life}/faults", store)
         self._stopped, self._answered, self._answering = threading.Event(), False, threading.Lock()
+        self._lifeline: Optional[Lifeline] = None
+        if liveness is not None:
+            try:
+                self._lifeline = Lifeline(host, liveness, life, rank, peers[rank], self._end)
+            except OSError as error:
+                print(f"warning: rank {rank} on {peers[rank].host} has no connection to the liveness process on rank 0's host "
+                      f"(port {liveness}: {error}); where it is killed, nobody may say so", flush=True)
         threading.Thread(target=self._listen, daemon=True, name="faults").start()
 
     def stop(self) -> None:
         """This rank ends as it should: it is not missed."""
         self._stopped.set()
+        if self._lifeline is not None:
+            self._lifeline.done()
         try:
             self._answer()
         except RuntimeError:  # the store has gone before, as it should
@@ -68,6 +78,9 @@ class Watch:
         """
         # torchrun ends the others as soon as one is gone: first let it be known why
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        lifeline = self._lifeline
+        if lifeline is not None and lifeline.heard.wait(VERDICT_S if is_lost_rank(error) else MPI_VERDICT_S):
+            return None
         try:
             words = self._lost(text) if is_lost_rank(error) else self._own(text)
             if self._keeps_store:  # for the others to hear that somebody speaks
@@ -83,9 +96,28 @@ class Watch:
             time.sleep(LINGER_S)  # for those above to see that this one, which speaks, is alive
             return self._obituary([0])
 
+    def spoken(self) -> None:
+        """What `last_words` gave is printed: nobody needs to wait for it any more."""
+        if self._lifeline is not None:
+            self._lifeline.spoken()
+        try:
+            self._store.set("told", "")
+        except RuntimeError:
+            pass
+
+    def _await_told(self) -> None:
+        """Leave the rank that speaks its time: as soon as another has ended, mpirun ends it as well."""
+        deadline = time.monotonic() + TOLD_S
+        try:
+            while not self._store.check(["told"]) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        except RuntimeError:  # the store has gone with rank 0, which has spoken
+            pass
+
     def _own(self, text: str) -> str | None:
         self._store.set(f"error/{self.rank}", text)
         if not self._speaks():
+            self._await_told()
             return None
         deadline, errors = time.monotonic() + SAME_HOST_S, {}
         while len(errors) < len(self.peers) and time.monotonic() < deadline:
@@ -102,12 +134,14 @@ class Watch:
         while (waited := time.monotonic() - start) < ROLL_CALL_S:
             time.sleep(0.1)
             if self._store.add("spoken", 0):
+                self._await_told()
                 return None
             gone = [r for r in range(len(self.peers)) if self._is_gone(r) and not self._has_answered(r)]
             if waited > SAME_HOST_S and gone and self._store.add("here", 0) + len(gone) >= len(self.peers):
                 break
         silent = [r for r in range(len(self.peers)) if not self._has_answered(r)]
         if not self._speaks():  # not before: those who need not speak end
+            self._await_told()
             return None
         return self._obituary(silent) if silent else self._named(f"{text}; all ranks answer")
 
@@ -135,10 +169,12 @@ class Watch:
         return f"rank {self.rank} on {self.peers[self.rank].host}: {text}"
 
     def _obituary(self, ranks: list[int]) -> str:
-        names = ", ".join(f"rank {r} on {self.peers[r].host} (process {self.peers[r].pid})" for r in ranks)
-        why = ("killed, or crashed without a word (out of memory?)" if any(map(self._is_gone, ranks)) else
-               "no answer: it was killed, hangs, or its machine is down or cut off")
-        return f"lost {names}: {why}; go on from the last checkpoint with --resume"
+        return obituary({r: self.peers[r] for r in ranks}, any(map(self._is_gone, ranks)))
+
+    def _end(self) -> None:
+        """All has been said elsewhere."""
+        if not self._stopped.is_set():
+            end_process()
 
     def _listen(self) -> None:
         while not self._stopped.wait(POLL_S):
@@ -149,17 +185,17 @@ class Watch:
             except RuntimeError:  # no store any more: sockets will tell the main thread
                 return
             if not self._stopped.wait(GRACE_S):
-                os._exit(1)
+                end_process()
             return
 
 
 _watch: Watch | None = None
 
 
-def start_watch(rank: int, life: str, peers: Sequence[Peer]) -> None:
-    """Start to hear of other ranks' failures. Every rank must call it, after all have met (`moedist.meeting`)."""
+def start_watch(rank: int, life: str, peers: Sequence[Peer], liveness: Optional[int] = None) -> None:
+    """Start to hear of other ranks' failures. Every rank must call it, after all have met (`moedist.rendezvous`)."""
     global _watch
-    _watch = Watch(rank, life, peers)
+    _watch = Watch(rank, life, peers, liveness)
 
 
 def stop_watch() -> None:

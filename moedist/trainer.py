@@ -229,7 +229,8 @@ def _describe(run: Run) -> str:
     lines = [f"run {run.folder}",
              f"{dense + in_experts:,} parameters, about {active:,} active per token; "
              f"{run.train_stream.sequences:,} training sequences of {config.data.sequence_length} tokens",
-             f"{world.size} rank(s) by {world.launcher}; batch {config.train.batch}"]
+             f"{world.size} rank(s) by {world.launcher}; rows travel by {_way(world)} ({world.transport_why}); batch "
+             f"{config.train.batch}"]
     lines += [f"  rank {i}: {device} ({vendor}), {_counted(held)} of {config.model.experts} experts in each of "
               f"{len(held)} layers, {count} of {sum(counts)} sequences"
               for i, ((_, held, device, vendor), count) in enumerate(zip(ranks, counts))]
@@ -240,6 +241,10 @@ def _describe(run: Run) -> str:
     if run.progress.step:
         lines.append(f"resuming after step {run.progress.step}")
     return "\n".join(lines)
+
+
+def _way(world: World) -> str:
+    return world.transport if world.transport == world.carrier else f"{world.transport}, between them by {world.carrier}"
 
 
 def _counted(numbers: list[int]) -> str:

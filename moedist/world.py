@@ -12,55 +12,27 @@ import ctypes
 import os
 import platform
 import sys
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Mapping
+from typing import Any, Sequence
 
 import torch
 import torch.distributed as dist
 
 from moedist.config import WorldConfig
 from moedist.errors import WorldError
-from moedist.faults import Peer, start_watch, stop_watch
+from moedist.faults import start_watch, stop_watch
 from moedist.islands import Islands, number_islands
-from moedist.meeting import meet
+from moedist.liveness import Peer, start_liveness
+from moedist.mpi import finish_mpi, mpi_version, start_mpi
+from moedist.rendezvous.address import find_address
+from moedist.rendezvous.interface import use_interface
+from moedist.rendezvous.launch import MPI_LAUNCHERS, Launch, find_launch
+from moedist.rendezvous.meeting import local_rank_of, meet
 from moedist.timing import Meter, Throttle
 
 NATIVE_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Rank, size and local rank as the launcher's environment variables say."""
-
-    rank: int
-    size: int
-    local_rank: int
-    launcher: str
-
-
-def find_launch(env: Mapping[str, str] = os.environ) -> Launch:
-    """Read torchrun's, MPI's or Slurm's variables, in this order; a lone process is a world of one.
-
-    Raises:
-        WorldError: a variable is not a number, or the rank is outside the world.
-    """
-    names = (("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-             ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-             ("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-             ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-    for launcher, rank, size, local in names:
-        # an interactive Slurm shell sets SLURM_NTASKS without starting tasks: a step is named by SLURM_STEP_ID
-        if rank in env and size in env and (launcher != "slurm" or "SLURM_STEP_ID" in env):
-            try:
-                found = Launch(int(env[rank]), int(env[size]), int(env.get(local, env[rank])), launcher)
-            except ValueError as error:
-                raise WorldError(f"{rank}={env[rank]!r}, {size}={env[size]!r}: not whole numbers; "
-                                 "start with torchrun, mpirun or srun") from error
-            if not 0 <= found.rank < found.size:
-                raise WorldError(f"{rank}={found.rank} is outside the world of {size}={found.size}; check the launcher")
-            return found
-    return Launch(0, 1, 0, "single process")
 
 
 def pick_device(wanted: str, launch: Launch) -> torch.device:
@@ -86,7 +58,7 @@ def pick_device(wanted: str, launch: Launch) -> torch.device:
         if device.type != kind:
             raise WorldError(f"world.device asks for {name!r} but the accelerator here is {kind!r}; use auto, cpu or {kind}")
         return device
-    return torch.device(kind, launch.local_rank % torch.accelerator.device_count())
+    return torch.device(kind, (launch.local_rank or 0) % torch.accelerator.device_count())
 
 
 def vendor_of(device: torch.device) -> str:
@@ -122,6 +94,29 @@ def leave_process() -> None:
     os._exit(0)
 
 
+def _start_mpi(transport: str, launch: Launch) -> tuple[Any, str]:
+    """An MPI communicator where MPI is asked for, or has started this process and may be of use; else None and why.
+
+    Raises:
+        WorldError: it is asked for and cannot be had.
+    """
+    if transport == "mpi":
+        return start_mpi(launch.rank, launch.size, launch.launcher), ""
+    if not launch.by_mpi:
+        return None, f"started by {launch.launcher}"
+    if transport == "torchdist" and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return None, "not asked for"
+    try:
+        return start_mpi(launch.rank, launch.size, launch.launcher), ""
+    except WorldError as error:
+        return None, str(error)
+
+
+def _cores() -> frozenset[int]:
+    """The cores that this process may run on."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
 @dataclass
 class World:
     """This rank among the others. Make one with `World.start`, end it with `close` (or use `with`)."""
@@ -133,8 +128,12 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: Any = None  # gloo group; None in a world of one
     native: Any = None  # nccl/xccl group where all ranks share one vendor, else None
+    mpi: Any = None  # MPI communicator of all ranks, where MPI is up
+    transport: str = "local"  # what carries rows between ranks: local, torchdist, mpi or islands
+    carrier: str = "local"  # the same; where islands do, what carries rows between islands
+    transport_why: str = "one rank"  # why that carrier
+    timeout_s: float = 300.0  # of a collective
     islands: tuple[int, ...] = (0,)  # island of every rank: ranks that share a native collective library
-    transport: str = "torchdist"  # who carries rows: torchdist, mpi or islands
     groups: Islands | None = None  # process groups of the islands, where they carry rows
     meter: Meter = field(default_factory=Meter)
 
@@ -146,47 +145,80 @@ class World:
             WorldError: the ranks cannot meet, or the device is missing.
         """
         launch = find_launch()
-        device = pick_device(config.device, launch)
+        # before the ranks meet, where it can be: a device that is missing is told at once
+        device = None if launch.local_rank is None else pick_device(config.device, launch)
+        store, life, mpi, no_mpi = None, "", None, ""
+        if launch.size > 1:
+            interface = use_interface(config.interface)
+            mpi, no_mpi = _start_mpi(config.transport, launch)
+            store, life = meet(launch, find_address(launch, mpi, interface), config.rendezvous_timeout_s)
+            if launch.local_rank is None:
+                launch = replace(launch, local_rank=local_rank_of(store, launch.rank))
+        device = device or pick_device(config.device, launch)
         if device.type == "cpu":
             keep_freed_memory()
         else:
             torch.accelerator.set_device_index(device.index or 0)
         slowdown = {step: factors[launch.rank] for step, factors in (config.slowdown or {}).items()}
-        world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device,
+        world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device, mpi=mpi, timeout_s=config.timeout_s,
                     meter=Meter(Throttle(slowdown, device), device))
         if launch.size > 1:
-            world._connect(config)
+            world._connect(config, store, life, no_mpi)
         return world
 
-    def _connect(self, config: WorldConfig) -> None:
-        timeout_s = config.timeout_s
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
-        timeout = timedelta(seconds=timeout_s)
+    def _connect(self, config: WorldConfig, store: Any, life: str, no_mpi: str) -> None:
+        timeout = timedelta(seconds=self.timeout_s)
+        here = Peer.here()
         try:
-            store, life = meet(self.rank, self.size, timeout_s)
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise WorldError(f"rank {self.rank} of {self.size} could not reach the others at {where} within {timeout_s:g} "
-                             f"s ({str(error).splitlines()[0]}); check MASTER_ADDR and the network") from error
+            raise WorldError(f"rank {self.rank} on {here.host} has met the others but cannot connect to all of them "
+                             f"({str(error).splitlines()[0]}); set MOEDIST_IFNAME to an interface that all hosts "
+                             "can reach each other by") from error
         self.control = dist.group.WORLD
-        here = Peer.here()
         backend = NATIVE_BACKENDS.get(self.device.type)
         backend = backend if backend and dist.is_backend_available(backend) else None
-        vendors = self.gather_objects((self.vendor, self.device.type, here.host, self.device.index, here.pid, backend))
-        self.islands = number_islands([v[0] for v in vendors] if config.islands is None else config.islands)
-        one_vendor = len({v[:2] for v in vendors}) == 1
-        devices = [v[2:4] for v in vendors]
+        ranks = self.gather_objects((self.vendor, self.device.type, here, self.device.index, _cores(), backend))
+        self.islands = number_islands([r[0] for r in ranks] if config.islands is None else config.islands)
+        one_vendor = len({r[:2] for r in ranks}) == 1
+        devices = [(r[2].host, r[3]) for r in ranks]
         own_device = [devices.count(device) == 1 for device in devices]  # NCCL refuses two ranks on one GPU
         if one_vendor and all(own_device) and backend:
             self.native = dist.new_group(backend=backend, timeout=timeout)
         several = len(set(self.islands)) > 1
-        self.transport = ("islands" if several else "torchdist") if config.transport == "auto" else config.transport
-        if self.transport == "islands" and several:
-            backends = [v[5] if own else None for v, own in zip(vendors, own_device)]
+        self._choose_carrier(config.transport, no_mpi, several, [(r[2].host, r[4]) for r in ranks])
+        by_islands = config.transport == "islands" or (config.transport == "auto" and several)
+        self.transport = "islands" if by_islands else self.carrier
+        if by_islands and several:
+            backends = [r[5] if own else None for r, own in zip(ranks, own_device)]
             self.groups = Islands.connect(self.islands, self.rank, backends, timeout)
-        start_watch(self.rank, life, [Peer(v[2], v[4]) for v in vendors])
+        liveness = None
+        if self.launcher in MPI_LAUNCHERS or self.mpi is not None:
+            liveness = self.broadcast_object(start_liveness(life, self.size) if self.is_main else None)
+        start_watch(self.rank, life, [r[2] for r in ranks], liveness)
+
+    def _choose_carrier(self, wanted: str, no_mpi: str, several: bool, hosts: Sequence[tuple[str, frozenset[int]]]) -> None:
+        """torchdist or mpi, for rows between all ranks or, where there are islands, between those; alike on all ranks.
+
+        Args:
+            no_mpi: why MPI is not up, where it is not; several: islands; hosts: of every rank, its host and the cores that
+                it may run on.
+        """
+        self.carrier, self.transport_why = wanted, "as configured"
+        if wanted in ("torchdist", "mpi"):
+            return
+        self.carrier = "torchdist"
+        if self.mpi is None:
+            self.transport_why = no_mpi
+        elif self.native is not None and not several:
+            self.transport_why = "all ranks have accelerators of one vendor"
+        else:
+            ranks = Counter(host for host, _ in hosts)
+            cores = {name: len(frozenset().union(*(c for host, c in hosts if host == name))) for name in ranks}
+            crowded = [name for name in ranks if ranks[name] > cores[name]]
+            self.carrier = "torchdist" if crowded else "mpi"
+            self.transport_why = (f"waiting MPI ranks spin, and {crowded[0]} has {ranks[crowded[0]]} ranks on "
+                                  f"{cores[crowded[0]]} cores" if crowded else f"{mpi_version()}, a core for every rank")
 
     @property
     def is_main(self) -> bool:
@@ -202,13 +234,16 @@ class World:
     def __exit__(self, kind: Any, *_: Any) -> None:
         # a rank that fails keeps its connections until it has said why: the others must not take it for dead before
         if self.size == 1 or kind is None or not issubclass(kind, Exception):
-            self.close()
+            self.close(all_ranks=kind is None)
 
-    def close(self) -> None:
+    def close(self, all_ranks: bool = True) -> None:
+        """End well. `all_ranks`: whether the others do so too; MPI's end waits for them."""
         stop_watch()
         if self.control is not None and dist.is_initialized():
             dist.destroy_process_group()
-        self.control = self.native = self.groups = None
+        if self.mpi is not None and all_ranks:
+            finish_mpi()
+        self.control = self.native = self.groups = self.mpi = None
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -88,7 +88,7 @@ import sys
 import moedist.phases.train as train
 from moedist.cli import main
 from moedist.errors import DataError
-from moedist.world import find_launch
+from moedist.rendezvous.launch import find_launch
 
 step = train.train_step
 

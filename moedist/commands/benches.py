@@ -12,6 +12,8 @@ EXAMPLES = {
     "bench hetero": "example:\n  moedist bench hetero --json hetero.json\n",
     "bench checkpoint": "example:\n  moedist bench checkpoint --json checkpoint.json\n"
                         "  torchrun --nproc-per-node 2 -m moedist bench checkpoint --folder /scratch\n",
+    "bench dispatch": "examples:\n  moedist bench dispatch --json dispatch.json     (starts mpirun here, on 2 and 4 ranks)\n"
+                      "  srun --mpi=pmi2 -N 2 python -m moedist bench dispatch\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
 }
 
@@ -42,6 +44,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     checkpoint.add_argument("--folder", help="write there (default: here); needs room for two checkpoints of 1.2 GB")
     checkpoint.add_argument("--json", help="write the figures to this file")
 
+    dispatch = add_command(bench, "dispatch", "rows between ranks by MPI against gloo, from 4 KiB to 16 MiB", _bench_dispatch,
+                           EXAMPLES["bench dispatch"])
+    dispatch.add_argument("--ranks", type=positive(int), nargs="+", default=[2, 4], help="ranks to start (default 2 4)")
+    dispatch.add_argument("--rounds", type=positive(int), default=40, help="timed rounds, MPI and gloo in turn")
+    dispatch.add_argument("--json", help="write the figures to this file")
+
     planner = add_command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,
                          EXAMPLES["bench planner"])
     planner.add_argument("--quick", action="store_true", help="a few small problems only")
@@ -65,6 +73,11 @@ def _bench_hetero(args: argparse.Namespace) -> None:
 def _bench_checkpoint(args: argparse.Namespace) -> None:
     from moedist.bench.checkpoint import bench_checkpoint
     bench_checkpoint(args.rounds, args.folder, args.json)
+
+
+def _bench_dispatch(args: argparse.Namespace) -> None:
+    from moedist.bench.dispatch import bench_dispatch
+    bench_dispatch(args.ranks, args.rounds, args.json)
 
 
 def _bench_planner(args: argparse.Namespace) -> None:

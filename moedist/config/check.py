@@ -31,8 +31,8 @@ CHOICES = {
 }
 POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
             "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
-            "train.accumulate", "train.lr", "world.timeout_s", "monitor.log_every", "checkpoint.keep",
-            "placement.probe_s", "dispatch.overlap_chunks")
+            "train.accumulate", "train.lr", "world.timeout_s", "world.rendezvous_timeout_s", "monitor.log_every",
+            "checkpoint.keep", "placement.probe_s", "dispatch.overlap_chunks")
 NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
                 "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",
                 "train.clip", "train.eval_every", "checkpoint.every", "checkpoint.keep_best", "model.init_std",
@@ -64,8 +64,6 @@ def _check_transport(config: Config) -> None:
     if d.overlap is False and d.overlap_chunks > 1:
         raise ConfigError(f"dispatch.overlap_chunks={d.overlap_chunks} lets a piece travel while another is computed, "
                           "but dispatch.overlap is false; set dispatch.overlap=true, or dispatch.overlap_chunks=1")
-    if w.transport == "mpi":
-        raise ConfigError("world.transport=mpi is not there yet; set world.transport=torchdist, islands or auto")
     if w.transport in ("torchdist", "mpi"):
         for name, value in (("dedup=island", d.dedup == "island"), ("cross_dtype", d.cross_dtype),
                             ("cross_dtype_backward", d.cross_dtype_backward)):

@@ -24,9 +24,14 @@ class WorldConfig:
     device: str = key("auto", "auto (the accelerator if there is one), cpu, or a torch device name; a comma-separated "
                               "list gives one per rank (cuda,cpu: rank 0 on a GPU, rank 1 on the CPU)")
     timeout_s: float = key(300.0, "seconds a collective waits for a silent rank before the run ends with an error")
-    transport: str = key("auto", "who carries rows between ranks: torchdist, mpi, islands (the native library inside an "
-                                 "island, host memory between islands) or auto (islands where there are several, else "
-                                 "torchdist)")
+    transport: str = key("auto", "what carries rows between ranks: torchdist (torch.distributed: the vendor's library "
+                                 "where all ranks share one, else gloo), mpi (through host memory; needs mpirun or srun "
+                                 "--mpi=...), islands (the native library inside an island, host memory between islands), or "
+                                 "auto (islands where there are several; else mpi where mpirun started ranks that have a "
+                                 "core each and no vendor's library in common; else torchdist)")
+    interface: Optional[str] = key(None, "network interface that gloo, NCCL and RCCL use, such as ib0; the variable "
+                                         "MOEDIST_IFNAME, where a host has it, comes first (null: theirs to choose)")
+    rendezvous_timeout_s: float = key(120.0, "seconds that the ranks have to find each other at the start")
     islands: Optional[list[Any]] = key(None, "island of every rank, such as [0, 0, 1, 1] or [nvidia, nvidia, amd, amd]: ranks "
                                              "that share a collective library (null: one island a vendor)")
     slowdown: Optional[dict[int, list[float]]] = key(None, "step -> how many times slower each rank computes from then on, "

@@ -23,11 +23,17 @@ def build_transport(world: World) -> Transport:
     """The transport for this world: of islands where they have groups."""
     if world.size == 1:
         return LocalTransport()
-    if world.groups is None:
-        return TorchDistTransport(world)
     groups = world.groups
+    carrier = _mpi(world) if world.carrier == "mpi" else None
+    if groups is None:
+        return carrier or TorchDistTransport(world)
     native = LocalTransport() if groups.own is None else GroupTransport(groups.own, world.meter, groups.native)
-    return IslandsTransport(world.islands, native, GroupTransport(world.control, world.meter))
+    return IslandsTransport(world.islands, native, carrier or GroupTransport(world.control, world.meter))
+
+
+def _mpi(world: World) -> Transport:
+    from moedist.dispatch.mpi_transport import MpiTransport  # needs mpi4py
+    return MpiTransport(world)
 
 
 def choose_sharing(config: DispatchConfig, transport: Transport, experts_per_token: int) -> Sharing:

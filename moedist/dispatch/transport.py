@@ -12,16 +12,16 @@ from moedist.world import World
 
 
 class Pending(Protocol):
-    """An exchange on its way."""
+    """An exchange that is under way."""
 
     def wait(self) -> None:
-        """Return when `out` is filled and `buffer` may be changed."""
+        """Return when `out` is filled and `buffer` may be used again. Every rank waits in the order it has started."""
 
 
 class Transport(Protocol):
     """The collectives that dispatch needs. Every rank calls them, in the same order, with zero rows too.
 
-    Rows may have any dtype and any trailing shape: bytes are moved.
+    Rows are moved as bytes: any dtype and any trailing shape, the same on every rank.
     """
 
     rank: int
@@ -32,20 +32,21 @@ class Transport(Protocol):
 
     def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Pending:
         """Begin to send `send[r]` rows of `buffer` to each rank r, in rank order, and to fill `out` with `receive[r]` rows
-        of each. Both stay alive and untouched until `wait`; every rank starts and waits in the same order."""
+        of each. Both tensors are contiguous, and stay alive and untouched until `wait`."""
 
     def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
-        """`start`, then `wait`."""
+        """`start`, and wait for it."""
+        self.start(buffer, send, receive, out).wait()
 
 
 class Done:
-    """Nothing is on its way."""
+    """An exchange that moved nothing."""
 
     def wait(self) -> None:
         pass
 
 
-class LocalTransport:
+class LocalTransport(Transport):
     """A world of one: rows stay."""
 
     rank, world_size = 0, 1
@@ -53,17 +54,15 @@ class LocalTransport:
     def all_gather_counts(self, counts: torch.Tensor) -> torch.Tensor:
         return counts.cpu().unsqueeze(0)
 
-    def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Done:
+    def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Pending:
         assert len(buffer) == len(out), "rows for another rank in a world of one"
         out.copy_(buffer)
         return Done()
 
-    def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
-        self.start(buffer, send, receive, out).wait()
 
-
-class GroupTransport:
+class GroupTransport(Transport):
     """The ranks of a torch.distributed group.
+
 
     Args:
         group: the process group.
@@ -93,9 +92,6 @@ class GroupTransport:
             work = dist.all_to_all_single(received, sent, list(receive), list(send), async_op=True,
                                           group=self.control if on_cpu else self.group)
         return _Work(work, self.meter, sent, received, out)
-
-    def exchange(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
-        self.start(buffer, send, receive, out).wait()
 
 
 class _Work:

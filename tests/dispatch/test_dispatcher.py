@@ -1,5 +1,6 @@
 """Dispatch by hand: ten rows, two ranks; and the number of collectives."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,9 +63,10 @@ def count_collectives(world, sequences):
     return forward, [call for call in calls[done:] if call != "rows done"]
 
 
-def test_one_count_exchange_and_two_row_exchanges_each_way():
+@pytest.mark.parametrize("transport", ["torchdist", "mpi"])
+def test_one_count_exchange_and_two_row_exchanges_each_way(transport):
     for sequences in ((2, 1), (0, 3), (0, 0)):
-        for forward, backward in run_ranks(2, count_collectives, sequences):
+        for forward, backward in run_ranks(2, count_collectives, sequences, transport=transport):
             assert forward == ["counts", "rows", "rows"] and backward == ["rows", "rows"]
 
 

@@ -9,13 +9,14 @@ from moedist.routing import ROUTERS
 from tests.moe_cases import Case, run_case
 from tests.ranks import run_ranks
 
+TRANSPORTS = ("torchdist", "mpi")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 FORMS = ("dense", "interp", "two", "cur", "interp dense two")
 
 
-def check_equals_one_process(case: Case) -> None:
+def check_equals_one_process(case: Case, transport: str) -> None:
     alone = run_ranks(1, run_case, case.alone())[0]
-    parts = run_ranks(len(case.sequences), run_case, case)
+    parts = run_ranks(len(case.sequences), run_case, case, transport=transport)
     torch.testing.assert_close(torch.cat([p.y for p in parts]), alone.y, **EXACT)
     torch.testing.assert_close(torch.cat([p.grad_x for p in parts]), alone.grad_x, **EXACT)
     assert sum(p.loss for p in parts) == pytest.approx(alone.loss, rel=1e-10, abs=1e-10)
@@ -59,44 +60,49 @@ def cases(draw, router: str) -> Case:
                 shares=shares, kinds=tuple(kinds))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("router", sorted(ROUTERS))
-def test_any_placement_equals_one_process(router):
+def test_any_placement_equals_one_process(router, transport):
     @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(cases(router))
     def check(case):
-        check_equals_one_process(case)
+        check_equals_one_process(case, transport)
 
     check()
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("top_k", [1, 2, 8])
-def test_uneven_ranks(world, top_k):
+def test_uneven_ranks(world, top_k, transport):
     """Rank 0 owns nearly all experts and the last rank none; one rank has no sequences."""
     owners = (0,) * 6 + (1, 0, 1)[: 3] if world > 1 else (0,) * 9
-    check_equals_one_process(Case(owners, (3, 0, 2, 1)[:world], top_k=top_k, sequence=5))
+    check_equals_one_process(Case(owners, (3, 0, 2, 1)[:world], top_k=top_k, sequence=5), transport)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_experts_in_every_form(activation):
+def test_experts_in_every_form(activation, transport):
     """Rank 0 has a bank of dense experts, rank 1 one of several forms, rank 2 both kinds as copies, rank 3 none."""
     case = Case((0, 1, 1, (0, 2), (1, 2), 1), (1, 2, 0, 1), widths=(5, 6, 4, 3, 6, 5), activation=activation,
                 kinds=("dense", "interp", "cur", "dense", "interp two dense", "dense"))
-    check_equals_one_process(case)
+    check_equals_one_process(case, transport)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("kinds", [(), ("interp",) * 4])
-def test_experts_without_tokens_get_zero_gradients(kinds):
+def test_experts_without_tokens_get_zero_gradients(kinds, transport):
     """A large bias sends every token to experts 0 and 1: the others' gradients are zero, not missing."""
     case = Case((0, 1, 1, 0), (2, 1), top_k=2, bias=(9.0, 9.0, 0.0, 0.0), kinds=kinds)
-    check_equals_one_process(case)
-    for part in run_ranks(2, run_case, case):
+    check_equals_one_process(case, transport)
+    for part in run_ranks(2, run_case, case, transport=transport):
         for name, grad in part.expert_grads.items():
             assert bool(grad.any()) == ("experts.0." in name or "experts.1." in name), name
 
 
-def test_no_tokens_anywhere():
-    for part in run_ranks(2, run_case, Case((0, 1), (0, 0))):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_no_tokens_anywhere(transport):
+    for part in run_ranks(2, run_case, Case((0, 1), (0, 0)), transport=transport):
         assert part.y.shape == (0, 6, 8) and part.loss == 0
         assert all(not g.any() for g in part.expert_grads.values())
 
@@ -106,12 +112,13 @@ def run_case_on(world, case, devices):
 
 
 @pytest.mark.gpu
-def test_ranks_on_an_accelerator_and_on_the_cpu_equal_one_process():
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_ranks_on_an_accelerator_and_on_the_cpu_equal_one_process(transport):
     kind = torch.accelerator.current_accelerator().type
     case = Case((0, 1, 1, 0), (2, 1))
     alone = run_ranks(1, run_case, case.alone())[0]
     for devices in ((kind, "cpu"), ("cpu", kind), (kind, kind)):
-        parts = run_ranks(2, run_case_on, case, devices)
+        parts = run_ranks(2, run_case_on, case, devices, transport=transport)
         torch.testing.assert_close(torch.cat([p.y for p in parts]), alone.y, **EXACT)
         torch.testing.assert_close(torch.cat([p.grad_x for p in parts]), alone.grad_x, **EXACT)
         for part in parts:
