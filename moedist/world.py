@@ -11,7 +11,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Sequence
@@ -115,6 +115,18 @@ def _cores() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
+def crowded_hosts(ranks: Sequence[tuple[str, frozenset[int]]]) -> tuple[str, ...]:
+    """Hosts with more ranks than cores, from the host of every rank and the cores that it may run on.
+
+    >>> crowded_hosts([("a", frozenset({0})), ("a", frozenset({1})), ("b", frozenset({0})), ("b", frozenset({0}))])
+    ('b',)
+    """
+    count, cores = Counter(host for host, _ in ranks), defaultdict(set)
+    for host, allowed in ranks:
+        cores[host] |= allowed
+    return tuple(host for host in count if count[host] > len(cores[host]))
+
+
 @dataclass
 class World:
     """This rank among the others. Make one with `World.start`, end it with `close` (or use `with`)."""
@@ -129,6 +141,7 @@ class World:
     mpi: Any = None  # MPI communicator of all ranks, where MPI is up
     transport: str = "local"  # what carries rows between ranks, and why that
     transport_why: str = "one rank"
+    crowded: tuple[str, ...] = ()  # hosts with more ranks than cores
     timeout_s: float = 300.0  # of a collective
     islands: tuple[int, ...] = (0,)  # island of every rank: ranks that share a native collective library
     meter: Meter = field(default_factory=Meter)
@@ -182,18 +195,15 @@ class World:
         backend = NATIVE_BACKENDS.get(self.device.type)
         if one_vendor and own_device_each and backend and dist.is_backend_available(backend):
             self.native = dist.new_group(backend=backend, timeout=timeout)
-        self._choose_transport(transport, no_mpi, [(r[2].host, r[4]) for r in ranks])
+        self.crowded = crowded_hosts([(r[2].host, r[4]) for r in ranks])
+        self._choose_transport(transport, no_mpi)
         liveness = None
         if self.launcher in MPI_LAUNCHERS or self.mpi is not None:
             liveness = self.broadcast_object(start_liveness(life, self.size) if self.is_main else None)
         start_watch(self.rank, life, [r[2] for r in ranks], liveness)
 
-    def _choose_transport(self, wanted: str, no_mpi: str, hosts: Sequence[tuple[str, frozenset[int]]]) -> None:
-        """Resolve `auto` alike on all ranks.
-
-        Args:
-            no_mpi: why MPI is not up, where it is not; hosts: of every rank, its host and the cores that it may run on.
-        """
+    def _choose_transport(self, wanted: str, no_mpi: str) -> None:
+        """Resolve `auto` alike on all ranks. `no_mpi`: why MPI is not up, where it is not."""
         self.transport, self.transport_why = wanted, "as configured"
         if wanted != "auto":
             return
@@ -202,13 +212,10 @@ class World:
             self.transport_why = no_mpi
         elif self.native is not None:
             self.transport_why = "all ranks have accelerators of one vendor"
+        elif self.crowded:
+            self.transport_why = f"waiting MPI ranks spin, and there are more ranks than cores on {', '.join(self.crowded)}"
         else:
-            ranks = Counter(host for host, _ in hosts)
-            cores = {name: len(frozenset().union(*(c for host, c in hosts if host == name))) for name in ranks}
-            crowded = [name for name in ranks if ranks[name] > cores[name]]
-            self.transport = "torchdist" if crowded else "mpi"
-            self.transport_why = (f"waiting MPI ranks spin, and {crowded[0]} has {ranks[crowded[0]]} ranks on "
-                                  f"{cores[crowded[0]]} cores" if crowded else f"{mpi_version()}, a core for every rank")
+            self.transport, self.transport_why = "mpi", f"{mpi_version()}, a core for every rank"
 
     @property
     def is_main(self) -> bool:

@@ -22,7 +22,9 @@ from moedist.errors import WorldError
 from moedist.world import World
 
 MOST_ROWS = 2**31 - 1  # MPI counts and places rows in a C int, whatever the bytes of a row
-SPINS = 50  # tests in a row before the core is offered to others: some tens of microseconds
+# Tests in a row before the core is offered to others, which costs a nap of some 60 microseconds: longer than small exchanges
+# take where every rank has a core, shorter where the rank that is waited for may need this very core.
+SPINS, CROWDED_SPINS = 500, 20
 CLOCK_EVERY = 1024
 
 
@@ -35,6 +37,7 @@ class MpiTransport(Transport):
         self._mpi, self._comm = MPI, world.mpi
         self._row_types: dict[int, Any] = {}
         self._staging = Staging()
+        self._spins = CROWDED_SPINS if world.crowded else SPINS
         # with MPI_THREAD_SERIALIZED, autograd's threads and the main one must not call at the same time
         self._calls: Any = threading.Lock() if MPI.Query_thread() < MPI.THREAD_MULTIPLE else contextlib.nullcontext()
 
@@ -70,7 +73,7 @@ class MpiTransport(Transport):
                 if request.Test():
                     return
             tests += 1
-            if tests > SPINS:
+            if tests > self._spins:
                 time.sleep(0)  # gives up the core, and Python's lock
                 if tests % CLOCK_EVERY == 0 and time.monotonic() > deadline:
                     # in torch's words, by which `moedist.faults` knows that ranks are to be looked for
