@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Sequence
+
+from tqdm import tqdm
 
 from moedist.checkpoint import RunFolder
 from moedist.config import check_config, for_ranks
@@ -32,4 +35,5 @@ def evaluate(run_folder: str, split: str = "valid", overrides: Sequence[str] = (
             raise DataError(f"the text of {folder} has no {split} split; use --split valid or train")
         stream = EvalStream(tokens, config.data.sequence_length)
         sequences = max(config.train.batch, world.size)
-        return held_out_loss(opened.model, stream, world, DTYPES[config.train.dtype], sequences), opened.step
+        bar = functools.partial(tqdm, desc=split, unit="batch", leave=False, disable=not world.is_main or None)
+        return held_out_loss(opened.model, stream, world, DTYPES[config.train.dtype], sequences, bar), opened.step

@@ -128,6 +128,11 @@ def _report(config: Config, sizes: Sizes, facts: tuple[RankFacts, ...], kinds: l
     if planned.expert_s > FAR * expert and config.placement.max_copies < enough:
         lines.append(f"experts take {planned.expert_s / expert:.2f} times their bound, and each is on one rank alone unless "
                      f"copies are allowed: try placement.max_copies={enough} (now {config.placement.max_copies})")
+    sequences, held = split_batch(sizes.part, found.plan.batch_shares), _held(found).sum(0)
+    idle = sum(not n and not experts for n, experts in zip(sequences, held))
+    if idle:
+        lines.append(f"{idle} of {len(facts)} ranks have nothing to do: {sizes.experts} experts and {sizes.part} sequences at a "
+                     "time are too little for all; raise train.batch or model.experts, or allow copies (placement.max_copies)")
     more = {}
     for kind in kinds:
         bigger = answer(config, sizes, with_one_more_node(facts, kind), loads).planned
@@ -140,14 +145,19 @@ def _report(config: Config, sizes: Sizes, facts: tuple[RankFacts, ...], kinds: l
     return "\n".join(lines), figures
 
 
+def _held(found: Answer, copied_only: bool = False) -> np.ndarray:
+    """[layers, W]: experts on every rank, or only those of them that have copies."""
+    held = np.zeros((len(found.plan.layers), len(found.cluster.facts)), dtype=int)
+    for i, (_, layer) in enumerate(found.plan.layers):
+        for owners in map(list, layer.owners):
+            held[i, owners] += not copied_only or len(owners) > 1
+    return held
+
+
 def _ranks_table(found: Answer) -> str:
     facts, plan, planned = found.cluster.facts, found.plan, found.planned
     counts = split_batch(found.sizes.part, plan.batch_shares)
-    held, copied = (np.zeros((len(plan.layers), len(facts)), dtype=int) for _ in range(2))
-    for i, (_, layer) in enumerate(plan.layers):
-        for owners in map(list, layer.owners):
-            held[i, owners] += 1
-            copied[i, owners] += len(owners) > 1
+    held, copied = _held(found), _held(found, copied_only=True)
     rows_W = sum((rank_loads(layer, found.loads[i], len(facts)) for i, layer in plan.layers), np.zeros(len(facts)))
     longest = max(planned.rank_expert_s)
     groups = [[f.rank] for f in facts] if len(facts) <= MOST_LINES else alike(facts)

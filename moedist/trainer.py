@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Sequence
 
 from moedist.checkpoint import (DamagedCheckpoint, RunFolder, check_index, find_run, forms_of, load_checkpoint, mend, read_meta,
                                 set_aside)
-from moedist.config import Config, check_config, for_ranks, load_config, to_yaml
+from moedist.config import Config, check_config, for_ranks, load_config, phases_override, to_yaml
 from moedist.coordinator import start_plan, written_plan
 from moedist.coordinator.facts import facts_to_json
 from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
@@ -247,12 +248,22 @@ def _counted(numbers: list[int]) -> str:
 
 
 def _finish(run: Run) -> None:
-    if run.held_out is None:  # resumed when all was done
+    nothing_to_do = run.held_out is None  # resumed when all was done
+    if nothing_to_do:
         evaluate(run)
     result = run.held_out
     run.recorder.say(f"done: {run.progress.step} steps, validation loss {result.loss:.4f}, perplexity "
                      f"{result.perplexity:.2f} per token\nrun folder {run.folder}\nnext: {program()} generate {run.folder} "
-                     f"--prompt \"def \"   or   {program()} evaluate {run.folder}")
+                     f"--prompt \"def \"   or   {program()} evaluate {run.folder}"
+                     + (f"\nall phases had been done; to train on: {train_on(run.folder)}" if nothing_to_do else ""))
+
+
+def train_on(folder: RunFolder) -> str:
+    """How the user trains a run on: what is left of its phases, or, where all are done, a tenth of its steps more."""
+    phases, step = folder.config().phases, read_meta(folder.newest())["progress"]["step"]
+    left = "train" in phases[-1] and sum(p.get("train", 0) for p in phases) > step
+    more = "" if left else " " + shlex.quote(phases_override([*phases, {"train": max(1, step // 10)}]))
+    return f"{program()} train --resume {folder}{more}"
 
 
 def program(name: str = "moedist") -> str:

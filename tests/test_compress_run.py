@@ -1,6 +1,7 @@
 """Runs with a compress phase, as a user starts them: trained on, resumed, evaluated, compressed again, on other ranks too."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -76,7 +77,7 @@ def test_evaluate_generate_and_compress_open_it(run, cache, tmp_path):
     done = moedist(1, cache, "compress", str(run), "--ratio", "0.4", "--option", "options.multiple=1", "--step", "9",
                    "--tokens", "512", f"folder={tmp_path}")
     again = only_run(tmp_path)
-    assert "next: moedist evaluate" in done.stdout and again.name.startswith("quickstart-cur-")
+    assert "moedist evaluate" in done.stdout and again.name.startswith("quickstart-cur-")
     told = json.loads((again / "compression-00000009.json").read_text())
     assert told["ratio"] == pytest.approx(0.4, abs=0.02) and all(e["hidden_before"] < 25 for e in told["experts"])
     # what was left of the cut train phase goes on behind the compression
@@ -120,11 +121,15 @@ def test_bad_input_is_refused_before_training(cache, tmp_path):
 
 def test_dense_again_computes_the_same_and_trains_on(run, cache, tmp_path):
     perplexity = moedist(1, cache, "evaluate", str(run)).stdout.split("perplexity")[1]
-    moedist(2, cache, "compress", str(run), "--dense", f"folder={tmp_path}")
+    told = moedist(2, cache, "compress", str(run), "--dense", f"folder={tmp_path}").stdout
     dense = only_run(tmp_path)
     assert moedist(1, cache, "evaluate", str(dense)).stdout.split("perplexity")[1] == perplexity
-    moedist(1, cache, "train", "--resume", str(dense), PHASES.replace("METHOD", "cur").replace("{train: 6}]", "{train: 8}]"))
-    assert list(metrics(dense)) == [13, 14]
+    nothing = moedist(1, cache, "train", "--resume", str(dense)).stdout
+    for out in (told, nothing):  # the same command is told, and does something
+        program, *arguments = shlex.split(out.split("to train on: ")[1].splitlines()[0])
+        assert program.endswith("moedist") and arguments[:3] == ["train", "--resume", str(dense)]
+    moedist(1, cache, *arguments)
+    assert list(metrics(dense)) == [13]
     assert "compressed" not in (dense / "metrics.jsonl").read_text()
 
 
@@ -136,4 +141,8 @@ def test_healing_is_compared_with_the_uncompressed_model(run, cache, tmp_path):
         < figures.keys()
     assert all(0.9 < v < 1.1 for v in figures.values()) and figures["compress.cur.0.4.moments.12"] == \
         figures["compress.cur.0.4.healed_ratio"]
+    done = moedist(1, cache, "compress", str(run), "--heal", "11", "--methods", "cur", "--ratio", "0.4", "--step", "3", "--tokens",
+                   "512", "--option", "distill_steps=5", "--json", str(tmp_path / "distilled.json"))
+    assert {name.rsplit(".", 1)[1] for name in json.loads((tmp_path / "distilled.json").read_text())} \
+        == {"10", "11", "healed_ratio"}  # 5 of the 11 steps are distillation
     assert "uncompressed" in done.stdout and not [p for p in run.parent.iterdir() if "heal" in p.name]

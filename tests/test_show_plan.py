@@ -30,6 +30,7 @@ def test_a_cluster_that_is_not_here(capsys, tmp_path):
     assert list(figures["one_more_node_step_ms"]) == ["fast-gpu", "other-gpu", "old-gpu"]
     assert figures["one_more_node_step_ms"]["fast-gpu"] < figures["step_ms"]
     lines = out.splitlines()
+    assert "nothing to do" not in out
     assert lines[0].startswith("24 ranks (") and "64 experts in each of 4 layers, batch 256" in lines[0]
     rows = [line.split() for line in lines if line.split()[1:2] and line.split()[1] in ("fast-gpu", "other-gpu", "old-gpu")]
     assert [int(row[0]) for row in rows] == list(range(24))
@@ -42,6 +43,7 @@ def test_a_cluster_that_is_not_here(capsys, tmp_path):
 def test_copies_are_suggested_where_they_would_help(capsys, tmp_path):
     out, without = shown(capsys, tmp_path, MIXED)
     assert "try placement.max_copies=23 (now 0)" in out
+    assert "16 of 24 ranks have nothing to do: 8 experts and 32 sequences" in out
     out, copied = shown(capsys, tmp_path, MIXED, "placement.max_copies=23")
     assert copied["step_ms"] < without["step_ms"] and "try placement.max_copies" not in out
 

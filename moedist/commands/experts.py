@@ -76,14 +76,17 @@ def _compress(args: argparse.Namespace) -> None:
     from moedist.config import compress_options
     if args.heal is not None:
         methods = args.methods.split(",") if args.methods else [args.method]
-        heal_run(args.run, methods, args.ratio, args.heal, args.tokens, args.overrides, args.step, args.json)
+        heal_run(args.run, methods, args.ratio, args.heal, args.tokens, args.overrides, args.step, args.json, args.option)
         return
     if args.dense:
-        say(f"written: {dense_run(args.run, args.overrides, args.step, args.name)}")
+        from moedist.trainer import train_on
+        folder = dense_run(args.run, args.overrides, args.step, args.name)
+        say(f"written: {folder}\nnext, to train on: {train_on(folder)}")
         return
     c = compress_options(args.method, args.ratio, args.tokens, args.option)
     folder = compress_run(args.run, c, args.overrides, args.step, args.name)
-    say(f"next: moedist evaluate {folder}   or, to train on: moedist train --resume {folder}")
+    from moedist.trainer import program, train_on
+    say(f"next: {program()} evaluate {folder}   or, to train on: {train_on(folder)}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

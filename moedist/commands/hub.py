@@ -42,8 +42,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _import_hf(args: argparse.Namespace) -> None:
     from moedist.huggingface import import_run
     folder = import_run(args.model, args.name, args.folder, args.overrides, args.upcycle)
-    say(f"imported: {folder}\nnext: moedist generate {folder} --prompt \"Once\"   or, to train it: moedist train --resume "
-         f"{folder}")
+    from moedist.trainer import program
+    say(f"imported: {folder}\nnext: {program()} generate {folder} --prompt \"Once\"   or, to train it: {program()} train "
+        f"--resume {folder}")
 
 
 def _export_hf(args: argparse.Namespace) -> None:

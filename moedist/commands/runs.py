@@ -63,12 +63,14 @@ def _train(args: argparse.Namespace) -> None:
         check_config(config, ranks)
         from moedist.phases import check_methods
         check_methods(config)
+        from moedist.engine import check_deepspeed
+        check_deepspeed(config)
         if config.data.source == "files":
             from moedist.data import source_splits
             source_splits(config.data)  # refuses a missing path and a folder without text
         plan, _ = written_plan(config, ranks, None)
         print(f"{args.config} is fine for {ranks} rank(s); "
-              + (f"plan {plan.sha256[:12]}" if plan else "they will be measured, then planned for"))
+              + ("experts are placed as it says" if plan else "they will be measured, then planned for"))
         return
     from moedist.trainer import train
     train(args.config, args.overrides, args.resume)

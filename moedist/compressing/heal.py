@@ -4,21 +4,22 @@ optimizer's moments carried over against fresh ones."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, Sequence
 
+from tqdm import tqdm
+
 from moedist.bench.figures import write_figures
 from moedist.checkpoint import RunFolder, read_meta
 from moedist.compressing.sweep import parse_variant
-from moedist.config import CompressConfig, Config, check_config, for_ranks
+from moedist.config import CompressConfig, Config, check_config, compress_options, for_ranks
 from moedist.coordinator import equal_plan
-from moedist.engine import replace_experts
 from moedist.monitor.table import table
 from moedist.phases import Run
-from moedist.phases.compress import source_of
+from moedist.phases.compress import compress_experts
 from moedist.phases.evaluation import held_out_loss
-from moedist.phases.shrink import shrink
 from moedist.phases.train import train_step
 from moedist.trainer import build_run
 from moedist.world import World, find_launch
@@ -27,10 +28,14 @@ MARKS = (10, 25, 50, 100)  # steps after which all are compared
 
 
 def heal_run(run_folder: str, methods: Sequence[str], ratio: float, steps: int, tokens: int = 65536, overrides: Sequence[str] = (),
-             step: int | None = None, json_path: str | None = None) -> dict[str, float]:
+             step: int | None = None, json_path: str | None = None, more: Sequence[str] = ()) -> dict[str, float]:
     """Train copies of a checkpoint for `steps` steps, at the end of the run's schedule made longer by as many; print a table.
 
-    Each method (`NAME+OPTION=VALUE+...`) is compressed by `ratio` once and trained twice. No run is written.
+    Each method (`NAME+OPTION=VALUE+...`) is compressed by `ratio` once and trained twice. No run is written. Steps of
+    distillation are among the `steps`.
+
+    Args:
+        more: further keys of a compress phase, such as "distill_steps=20".
 
     Returns:
         `compress.{method}.{ratio}.healed_ratio`, perplexity over the uncompressed model's after the same steps, and
@@ -52,10 +57,11 @@ def heal_run(run_folder: str, methods: Sequence[str], ratio: float, steps: int, 
         for method in methods:
             for name, carry in (("moments", True), ("fresh", False)):
                 plain, options, budget = parse_variant(method)
-                c = CompressConfig(method=plain, ratio=ratio, tokens=tokens, budget=budget, options=options)
+                c = dataclasses.replace(compress_options(plain, ratio, tokens, more), budget=budget, options=options)
                 found = [a / b for a, b in zip(trial.run(c, carry), base)]
-                figures.update({f"compress.{method}.{ratio:g}.{name}.{m}": value for m, value in zip(marks, found)})
-                rows.append([f"{method} {ratio:g}, {name}", *(f"{value:.4f}x" for value in found)])
+                figures.update({f"compress.{method}.{ratio:g}.{name}.{m}": value
+                                for m, value in zip(marks, found) if value == value})
+                rows.append([f"{method} {ratio:g}, {name}", *(f"{value:.4f}x" if value == value else "" for value in found)])
                 if carry:
                     figures[f"compress.{method}.{ratio:g}.healed_ratio"] = found[-1]
         if world.is_main:
@@ -76,16 +82,22 @@ class _Trial:
     marks: list[int]
 
     def run(self, c: CompressConfig | None, carry: bool) -> list[float]:
-        """Perplexity at the marks, compressed before by `c`, with Adam's moments carried over or made anew."""
+        """Perplexity at the marks, compressed before by `c`, with Adam's moments carried over or made anew; nan at marks that
+        are over before distillation is."""
         with tempfile.TemporaryDirectory() as folder:
             config = dataclasses.replace(self.config, folder=self.world.broadcast_object(folder))
             run = build_run(config, self.world, equal_plan(config, self.world.size), None, self.checkpoint, self.meta)
+            distilled = 0
             if c is not None:
-                replace_experts(run.engine, shrink(run.model, self.world, source_of(run, c.tokens), c).compressed)
+                compress_experts(run, c)
+                distilled = c.distill_steps
+                run.progress.step += distilled  # the learning rate goes on behind them
                 if not carry:
                     run.engine.experts.rebuild({}, 0)
-            found = []
-            for done in range(self.marks[-1] + 1):
+            found = [math.nan for mark in self.marks if mark < distilled]
+            bar = tqdm(range(distilled, self.marks[-1] + 1), desc=c.method if c else "uncompressed", unit="step", leave=False,
+                       disable=not self.world.is_main or None)
+            for done in bar:
                 if done in self.marks:
                     found.append(self._perplexity(run))
                 if done < self.marks[-1]:

@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 import typing
-from typing import Any, Iterable, TypeVar
+from typing import Any, Iterable, Mapping, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -81,6 +81,11 @@ def _from_dict(cls: type[Shape], tree: dict[str, Any], overrides: Iterable[str],
         where = getattr(error, "full_key", None)
         what = f"value for {where!r}" if where else f"YAML in an override ({' '.join(overrides)})"
         raise ConfigError(f"bad {what} in {origin} or its overrides: {str(error).splitlines()[0]}") from error
+
+
+def phases_override(phases: Iterable[Mapping[str, Any]]) -> str:
+    """Phases as an override on the command line: 'phases=[{train: 300}, ...]'."""
+    return "phases=" + yaml.safe_dump([dict(p) for p in phases], default_flow_style=True, sort_keys=False, width=10**6).strip()
 
 
 def nearest_key(unknown: str, cls: type = Config) -> str:

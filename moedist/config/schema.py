@@ -184,7 +184,7 @@ class CompressConfig:
     calibration_bytes: int = key(2**32, "memory of a rank for what is summed meanwhile; where all layers together take "
                                         "more, they are gone through a few at a time")
     distill_steps: int = key(0, "steps in which each smaller expert learns to do what the larger one did, layer by layer")
-    distill_lr: float = key(1e-4, "learning rate of these steps")
+    distill_lr: float = key(3e-4, "learning rate of these steps")
     options: dict[str, Any] = key(dict, "fields of the method, such as {least_squares: false} (see moedist.compress)")
 
 

@@ -139,7 +139,7 @@ def _why_experts(cluster: Cluster, old: Plan) -> str:
     changed = [(now / then, fact, now, then) for fact, now, then in zip(cluster.facts, cluster.expert.per_s, old.speeds)
                if then and now and not 0.8 < now / then < 1.25]
     changed.sort(key=lambda change: -abs(math.log(change[0])))
-    return ", ".join(f"{_name(fact)} does {now:,.0f} expert rows/s, {ratio:.2f} of the {then:,.0f} the last plan was made for"
+    return ", ".join(f"{_name(fact)} does {now:,.0f} expert rows/s, {ratio:.2f} times the {then:,.0f} the last plan was made for"
                      for ratio, fact, now, then in changed) or "the experts' loads have changed"
 
 

@@ -20,6 +20,7 @@ from moedist.coordinator.facts import RankFacts
 from moedist.coordinator.probe_fit import Line, fit_line, sample_sizes, spread_of
 from moedist.coordinator.probe_links import measure_exchange, measure_host_copy
 from moedist.coordinator.probe_machine import Memory, device_memory, device_name, host_name
+from moedist.coordinator.probe_table import ranks_text
 from moedist.coordinator.probe_work import Sample, Work, compute_dtype, dense_work, expert_work
 from moedist.coordinator.sizes import Sizes
 from moedist.dispatch import Transport
@@ -125,14 +126,15 @@ def _measure(world: World, config: Config, vocab: int, wanted: Sequence[str], me
     _run_rounds(world, series, rounds)
     if any(_noisy(world, series)):
         _run_rounds(world, series, rounds)
-    for rank, (name, spread) in _noisy(world, series):
-        say(f"probe: rank {rank}: {name} times spread by {100 * spread:.0f} % over {len(series[name].rounds)} rounds; the "
-            "machine is busy, and its plan is as uncertain")
-    errors = world.gather_objects({name: one.line().error for name, one in series.items()})
-    for rank, of_rank in enumerate(errors):
-        for name, error in of_rank.items():
-            if error > POOR_FIT:
-                say(f"probe: rank {rank}: {name} times are up to {100 * error:.0f} % off the line of call + amount / speed")
+    noisy = _noisy(world, series)
+    errors = world.gather_objects(max(one.line().error for one in series.values()))
+    spreads = [max((s for r, (_, s) in noisy if r == rank), default=0.0) for rank in range(world.size)]
+    doubted = [r for r in range(world.size) if spreads[r] or errors[r] > POOR_FIT]
+    if doubted:
+        say(f"probe: {ranks_text(doubted)} of {world.size} measured with doubts, the plan is as uncertain: times of the same "
+            f"work spread by up to {100 * max(spreads):.0f} %, and are up to {100 * max(errors):.0f} % off a straight line over "
+            "amounts of work; is the machine busy? More rounds (placement.probe_s) or speeds that you give (placement.speeds) "
+            "help, and measuring goes on while training does")
     return {name: _Speed(one.line(), one.spread()) for name, one in series.items()}
 
 

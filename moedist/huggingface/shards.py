@@ -85,4 +85,7 @@ def write_shards(folder: Path, parts: Iterable[Part], limit: int, world: World) 
 def _write_file(path: Path, parts: Iterable[Part]) -> None:
     found = {name: tensor.detach().to("cpu", part.tensors[name][1]).contiguous()
              for part in parts for name, tensor in part.make().items()}
+    path.touch()
+    mode = path.stat().st_mode  # as the user wants new files; the library's can be read by nobody else
     save_file(found, path, metadata={"format": "pt"})
+    path.chmod(mode)

@@ -32,14 +32,7 @@ def compress_phase(run: Run, value: dict[str, Any]) -> None:
     c, start = compress_config(value), time.perf_counter()
     run.finish_saving()  # that of the step before must be there should the compression fail
     before = run.held_out.loss if run.held_out is not None else _evaluate(run).loss
-    shrunk = shrink(run.model, run.world, source_of(run, c.tokens), c, run.recorder.bar)
-    if c.distill_steps:
-        passes = c.distill_steps * (run.config.train.batch // run.config.train.accumulate) * run.config.data.sequence_length
-        first, last = distill(run, shrunk, c, source_of(run, passes))
-        run.recorder.say(f"step {run.progress.step:>6}  distilled in {c.distill_steps} steps: mean squared difference to the "
-                         f"experts before {first:.3g} -> {last:.3g}")
-    else:
-        replace_experts(run.engine, shrunk.compressed)
+    shrunk = compress_experts(run, c)
     run.recorder.say(_describe(run, shrunk, c, time.perf_counter() - start))
     run.experts_changed()
     result = run.held_out = _evaluate(run)
@@ -56,6 +49,19 @@ def compress_phase(run: Run, value: dict[str, Any]) -> None:
         path.write_text(json.dumps(summaries_json(shrunk, c, run.progress.step), indent=1), encoding="utf-8")
     run.progress.phase, run.progress.phase_step = run.progress.phase + 1, 0  # a resumed run goes on behind this phase
     run.save(again=True)
+
+
+def compress_experts(run: Run, c: CompressConfig) -> Shrunk:
+    """Put smaller experts in place, with their moments, distilled where `c` wants it. Every rank must call it."""
+    shrunk = shrink(run.model, run.world, source_of(run, c.tokens), c, run.recorder.bar)
+    if c.distill_steps:
+        passes = c.distill_steps * (run.config.train.batch // run.config.train.accumulate) * run.config.data.sequence_length
+        first, last = distill(run, shrunk, c, source_of(run, passes))
+        run.recorder.say(f"step {run.progress.step:>6}  distilled in {c.distill_steps} steps: mean squared difference to the "
+                         f"experts before {first:.3g} -> {last:.3g}")
+    else:
+        replace_experts(run.engine, shrunk.compressed)
+    return shrunk
 
 
 def source_of(run: Run, tokens: int) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def held_out_loss(model: Transformer, stream: EvalStream, world: World, dtype: torch.dtype,
-                  sequences: int = 16) -> HeldOut:
+                  sequences: int = 16, progress: Callable[[range], Iterable[int]] = iter) -> HeldOut:
     """Loss on every token of `stream`, `sequences` at a time over all ranks.
 
     Every rank makes the same number of forward passes; sums are divided once, so uneven ranks do not bias the mean.
@@ -38,7 +38,7 @@ def held_out_loss(model: Transformer, stream: EvalStream, world: World, dtype: t
     model.eval()
     counts = equal_counts(sequences, world.size)
     sums = torch.zeros(2, dtype=torch.float64)
-    for first in range(0, stream.sequences, sequences):
+    for first in progress(range(0, stream.sequences, sequences)):
         offset = first + sum(counts[:world.rank])
         inputs, targets = stream.batch(offset, counts[world.rank])
         keys = (offset + torch.arange(len(inputs))).unsqueeze(1) * inputs.shape[1] + torch.arange(inputs.shape[1])
