@@ -12,7 +12,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Sequence
@@ -117,6 +117,18 @@ def _cores() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
+def crowded_hosts(ranks: Sequence[tuple[str, frozenset[int]]]) -> tuple[str, ...]:
+    """Hosts with more ranks than cores, from the host of every rank and the cores that it may run on.
+
+    >>> crowded_hosts([("a", frozenset({0})), ("a", frozenset({1})), ("b", frozenset({0})), ("b", frozenset({0}))])
+    ('b',)
+    """
+    count, cores = Counter(host for host, _ in ranks), defaultdict(set)
+    for host, allowed in ranks:
+        cores[host] |= allowed
+    return tuple(host for host in count if count[host] > len(cores[host]))
+
+
 @dataclass
 class World:
     """This rank among the others. Make one with `World.start`, end it with `close` (or use `with`)."""
@@ -132,6 +144,7 @@ class World:
     transport: str = "local"  # what carries rows between ranks: local, torchdist, mpi or islands
     carrier: str = "local"  # the same; where islands do, what carries rows between islands
     transport_why: str = "one rank"  # why that carrier
+    crowded: tuple[str, ...] = ()  # hosts with more ranks than cores
     timeout_s: float = 300.0  # of a collective
     islands: tuple[int, ...] = (0,)  # island of every rank: ranks that share a native collective library
     groups: Islands | None = None  # process groups of the islands, where they carry rows
@@ -185,8 +198,9 @@ class World:
         own_device = [devices.count(device) == 1 for device in devices]  # NCCL refuses two ranks on one GPU
         if one_vendor and all(own_device) and backend:
             self.native = dist.new_group(backend=backend, timeout=timeout)
+        self.crowded = crowded_hosts([(r[2].host, r[4]) for r in ranks])
         several = len(set(self.islands)) > 1
-        self._choose_carrier(config.transport, no_mpi, several, [(r[2].host, r[4]) for r in ranks])
+        self._choose_carrier(config.transport, no_mpi, several)
         by_islands = config.transport == "islands" or (config.transport == "auto" and several)
         self.transport = "islands" if by_islands else self.carrier
         if by_islands and several:
@@ -197,13 +211,9 @@ class World:
             liveness = self.broadcast_object(start_liveness(life, self.size) if self.is_main else None)
         start_watch(self.rank, life, [r[2] for r in ranks], liveness)
 
-    def _choose_carrier(self, wanted: str, no_mpi: str, several: bool, hosts: Sequence[tuple[str, frozenset[int]]]) -> None:
-        """torchdist or mpi, for rows between all ranks or, where there are islands, between those; alike on all ranks.
-
-        Args:
-            no_mpi: why MPI is not up, where it is not; several: islands; hosts: of every rank, its host and the cores that
-                it may run on.
-        """
+    def _choose_carrier(self, wanted: str, no_mpi: str, several: bool) -> None:
+        """torchdist or mpi, for rows between all ranks or, where there are `several` islands, between those; alike on all
+        ranks. `no_mpi`: why MPI is not up, where it is not."""
         self.carrier, self.transport_why = wanted, "as configured"
         if wanted in ("torchdist", "mpi"):
             return
@@ -212,13 +222,10 @@ class World:
             self.transport_why = no_mpi
         elif self.native is not None and not several:
             self.transport_why = "all ranks have accelerators of one vendor"
+        elif self.crowded:
+            self.transport_why = f"waiting MPI ranks spin, and there are more ranks than cores on {', '.join(self.crowded)}"
         else:
-            ranks = Counter(host for host, _ in hosts)
-            cores = {name: len(frozenset().union(*(c for host, c in hosts if host == name))) for name in ranks}
-            crowded = [name for name in ranks if ranks[name] > cores[name]]
-            self.carrier = "torchdist" if crowded else "mpi"
-            self.transport_why = (f"waiting MPI ranks spin, and {crowded[0]} has {ranks[crowded[0]]} ranks on "
-                                  f"{cores[crowded[0]]} cores" if crowded else f"{mpi_version()}, a core for every rank")
+            self.carrier, self.transport_why = "mpi", f"{mpi_version()}, a core for every rank"
 
     @property
     def is_main(self) -> bool:

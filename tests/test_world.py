@@ -1,8 +1,11 @@
 """Devices, and collectives of a world."""
 
+import doctest
+
 import pytest
 import torch
 
+import moedist.world
 from moedist.errors import WorldError
 from moedist.rendezvous.launch import Launch
 from moedist.world import World, pick_device, vendor_of
@@ -16,6 +19,23 @@ def test_devices():
         assert pick_device("auto", Launch(0, 1, 0, "")) == torch.device("cpu")
         with pytest.raises(WorldError, match="rank 1.*no accelerator"):
             pick_device("cpu,cuda", Launch(1, 2, 1, ""))
+
+
+def test_doctests():
+    assert doctest.testmod(moedist.world).failed == 0
+
+
+@pytest.mark.parametrize("mpi, native, crowded, transport, why", [
+    (True, False, (), "mpi", "a core for every rank"),
+    (True, False, ("n1",), "torchdist", "more ranks than cores on n1"),
+    (True, True, (), "torchdist", "accelerators of one vendor"),
+    (False, False, (), "torchdist", "started by slurm")])
+def test_auto_chooses_a_transport_and_says_why(mpi, native, crowded, transport, why):
+    world = World(size=2, mpi=object() if mpi else None, native=object() if native else None, crowded=crowded)
+    world._choose_transport("auto", "started by slurm")
+    assert world.transport == transport and why in world.transport_why
+    world._choose_transport("torchdist", "")
+    assert world.transport == "torchdist" and world.transport_why == "as configured"
 
 
 def talk(world: World):

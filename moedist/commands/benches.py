@@ -47,7 +47,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     dispatch = add_command(bench, "dispatch", "rows between ranks by MPI against gloo, from 4 KiB to 16 MiB", _bench_dispatch,
                            EXAMPLES["bench dispatch"])
     dispatch.add_argument("--ranks", type=positive(int), nargs="+", default=[2, 4], help="ranks to start (default 2 4)")
-    dispatch.add_argument("--rounds", type=positive(int), default=40, help="timed rounds, MPI and gloo in turn")
+    dispatch.add_argument("--rounds", type=positive(int), default=20, help="timed rounds, MPI and gloo in turn")
     dispatch.add_argument("--json", help="write the figures to this file")
 
     planner = add_command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,

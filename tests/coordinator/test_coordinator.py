@@ -75,7 +75,7 @@ def test_a_rank_that_became_slower_loses_load_and_is_named():
     assert held(plan) == [4, 4] and held(found) == [7, 1] and found.sha256 == there.sha256
     assert split_batch(16, found.batch_shares) == [13, 3] and found.speeds == pytest.approx((1000, 250))
     assert len(lines) == 1 and silent == []
-    for words in ("re-plan: experts move: rank 1 (here, cpu) does 250 expert rows/s, 0.25 of the 1,000", "batch moves: rank 1",
+    for words in ("re-plan: experts move: rank 1 (here, cpu) does 250 expert rows/s, 0.25 times the 1,000", "batch moves: rank 1",
                   "6 placements change", "expert phase 2048.0 -> 896.0 ms predicted (bound 819.2)"):
         assert words in lines[0], lines
 

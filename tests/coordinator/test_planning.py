@@ -102,7 +102,7 @@ def test_a_slower_rank_loses_experts_and_batch_and_is_named():
     assert not found.stays and held(found.plan) == [7, 1] and found.moved == 2 * 3
     assert split_batch(16, found.plan.batch_shares) == [13, 3]
     assert found.old_expert_s == pytest.approx(2 * 256 / 25) and found.expert_s == pytest.approx(2 * 448 / 100)
-    assert "experts move: rank 1 (here, cpu) does 25 expert rows/s, 0.25 of the 100 the last plan was made for" in found.reason
+    assert "experts move: rank 1 (here, cpu) does 25 expert rows/s, 0.25 times the 100 the last plan was made for" in found.reason
     assert found.reason.endswith("; batch moves: rank 1 (here, cpu) took longest outside experts, 5120 ms with 8 sequences, "
                                  "and now has 3")
 
