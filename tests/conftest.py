@@ -44,4 +44,3 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no accelerator here: torch.accelerator.is_available() is False"))
-

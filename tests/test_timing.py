@@ -89,8 +89,9 @@ def test_a_rank_that_was_held_up_for_long_is_slow_again_soon():
     throttle = Throttle({0: 10.0})
     time.sleep(1.0)
     throttle.catch_up()
-    start, compute = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     for _ in range(6):
         burn(0.005)
         throttle.catch_up()
-    assert time.perf_counter() - start > 10 * (time.process_time() - compute) - 2 * MOST_CREDIT_S
+    # of what was burnt: the process's own time holds that of the throttle and of other threads, which it does not stretch
+    assert time.perf_counter() - start > 10 * 6 * 0.005 - MOST_CREDIT_S - 0.01
