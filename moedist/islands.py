@@ -15,18 +15,6 @@ import torch.distributed as dist
 MOST_LANES = 8  # ranks of an island that carry sums to the others at once: a node has no more network adapters
 
 
-def number_islands(labels: Sequence[int | str]) -> tuple[int, ...]:
-    """Island of every rank: numbers as they are, names numbered as they come.
-
-    >>> number_islands(["nvidia", "amd", "nvidia"]), number_islands([1, 1, 0])
-    ((0, 1, 0), (1, 1, 0))
-    """
-    if all(isinstance(label, int) for label in labels):
-        return tuple(labels)
-    known = list(dict.fromkeys(map(str, labels)))
-    return tuple(known.index(str(label)) for label in labels)
-
-
 @dataclass(frozen=True)
 class Islands:
     """Islands as one rank sees them.

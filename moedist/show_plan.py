@@ -14,7 +14,8 @@ from moedist.config import Config, check_config, load_config
 from moedist.coordinator import Sizes
 from moedist.coordinator.cluster_file import Kind, alike, facts_of, kinds_of, read_cluster, with_one_more_node
 from moedist.coordinator.facts import RankFacts
-from moedist.coordinator.planning import Cluster, first_plan
+from moedist.coordinator.meeting_points import experts_in_every_island
+from moedist.coordinator.planning import Cluster, first_plan, slots_of
 from moedist.coordinator.probe import probe
 from moedist.coordinator.probe_table import MOST_LINES, number_range, ranks_text
 from moedist.coordinator.simulate import StepTime, bound_s, equal_plan_of, predict
@@ -103,7 +104,9 @@ def answer(config: Config, sizes: Sizes, facts: tuple[RankFacts, ...], loads: Lo
     """Plan for these ranks and predict."""
     expert = Speeds(tuple(f.expert_call_s for f in facts), tuple(f.expert_rows_per_s for f in facts))
     dense = Speeds(tuple(f.dense_call_s for f in facts), tuple(f.dense_tokens_per_s for f in facts))
-    cluster = Cluster(facts, expert.snapped(), dense.snapped())
+    apart, _ = experts_in_every_island(config.placement, facts, slots_of(facts, sizes, config.placement), sizes,
+                                       config.dispatch.dedup)
+    cluster = Cluster(facts, expert.snapped(), dense.snapped(), apart)
     plan = first_plan(cluster, loads, sizes, config.placement).plan
     return Answer(cluster, plan, predict(cluster, plan, loads, sizes), loads, sizes)
 

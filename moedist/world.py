@@ -20,10 +20,10 @@ from typing import Any, Sequence
 import torch
 import torch.distributed as dist
 
-from moedist.config import WorldConfig
+from moedist.config import WorldConfig, number_islands
 from moedist.errors import WorldError
 from moedist.faults import start_watch, stop_watch
-from moedist.islands import Islands, number_islands
+from moedist.islands import Islands
 from moedist.liveness import Peer, start_liveness
 from moedist.mpi import finish_mpi, mpi_version, start_mpi
 from moedist.rendezvous.address import find_address

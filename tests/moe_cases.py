@@ -48,15 +48,18 @@ class Case:
     kinds: tuple[str, ...] = ()
     islands: tuple[int, ...] = ()
     sharing: Sharing = Sharing()
+    apart: bool = False  # rows stay in their island; every one has all experts
+    aux: bool = True  # the router's own losses too
 
     def plan(self) -> LayerPlan:
         owners = tuple(o if isinstance(o, tuple) else (o,) for o in self.owners)
-        return LayerPlan(owners, self.shares or tuple((1 / len(o),) * len(o) for o in owners))
+        return LayerPlan(owners, self.shares or tuple((1 / len(o),) * len(o) for o in owners),
+                         self.islands if self.apart else ())
 
     def alone(self) -> "Case":
         """The same case in a world of one."""
         return replace(self, owners=(0,) * len(self.owners), shares=(), sequences=(sum(self.sequences),), islands=(),
-                       sharing=Sharing())
+                       sharing=Sharing(), apart=False)
 
 
 @dataclass
@@ -86,7 +89,8 @@ def run_case(world: World, case: Case, device: str = "cpu", dtype: torch.dtype =
     keys = torch.arange(total * case.sequence).view(total, case.sequence)
     x = x[mine].to(device, dtype).requires_grad_()
     y, report = layer(RouterInput(x, ids[mine].to(device), keys[mine].to(device), case.seed, case.training))
-    loss = (y * probe.to(device, dtype)).sum() + sum(AUX_WEIGHTS[k] * v for k, v in report.aux_losses.items())
+    aux = sum(AUX_WEIGHTS[k] * v for k, v in report.aux_losses.items()) if case.aux else 0
+    loss = (y * probe.to(device, dtype)).sum() + aux
     loss.backward()
     expert_grads = bank.split_by_name(tuple(p.grad for p in bank.parameters()))
     return Result(y.detach().cpu(), x.grad.cpu(), loss.item(),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moedist.dispatch import IslandsTransport, build_transport
-from moedist.islands import number_islands
+from moedist.config import number_islands
 from tests.moe_cases import on_islands
 from tests.ranks import run_ranks
 

@@ -19,6 +19,7 @@ CHOICES = {
     "train.schedule": ("cosine", "linear", "constant"),
     "train.optimizer": ("adamw", "sgd"),
     "placement.planner": ("measured", "equal"),
+    "placement.experts_in_every_island": ("auto", True, False),
     "world.transport": ("auto", "torchdist", "mpi", "islands"),
     "dispatch.dedup": ("auto", "none", "rank", "island"),
     "dispatch.cross_dtype": (None, "bfloat16", "int8"),

@@ -1,8 +1,9 @@
-"""A run that comes back on another number of ranks: what was written down for each rank no longer means anything."""
+"""What a configuration says of every rank; a run may come back on another number of ranks, for which it means nothing."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Sequence
 
 from moedist.config.schema import Config
 
@@ -27,3 +28,15 @@ def for_ranks(config: Config, world_size: int) -> tuple[Config, list[str]]:
     fitted = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)
                                             for section, values in dropped.items()})
     return fitted, [f"{section}.{name}" for section, values in dropped.items() for name in values]
+
+
+def number_islands(labels: Sequence[int | str]) -> tuple[int, ...]:
+    """Island of every rank: numbers as they are, names numbered as they come.
+
+    >>> number_islands(["nvidia", "amd", "nvidia"]), number_islands([1, 1, 0])
+    ((0, 1, 0), (1, 1, 0))
+    """
+    if all(isinstance(label, int) for label in labels):
+        return tuple(labels)
+    known = list(dict.fromkeys(map(str, labels)))
+    return tuple(known.index(str(label)) for label in labels)

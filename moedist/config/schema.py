@@ -121,6 +121,10 @@ class PlacementConfig:
     max_batch: Optional[list[int]] = key(None, "most sequences per rank in one forward pass (null: by free memory)")
     max_copies: int = key(0, "most copies of experts in a layer; each must save more time than it costs")
     hot_copies: int = key(0, "so many of the hottest experts of a layer have a copy in every island")
+    experts_in_every_island: Any = key("auto", "true: every island (see world.islands) has all experts and keeps its tokens, so "
+                                               "that islands meet once a step, for gradients and weights, instead of in every "
+                                               "layer; the balance loss then looks at the tokens of an island; false; or auto: "
+                                               "where so many rows would cross that this is less, and there is room")
     replan_every: int = key(100, "steps between re-plans from measured loads and speeds (0: never)")
     tolerance: float = key(0.03, "a re-plan that saves less than this part of the predicted time is not carried out")
 

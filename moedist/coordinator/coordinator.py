@@ -12,10 +12,12 @@ import torch
 
 from moedist.config import Config
 from moedist.coordinator.facts import RankFacts
-from moedist.coordinator.planning import Cluster, Proposal, first_plan, next_plan
+from moedist.coordinator.meeting_points import experts_in_every_island
+from moedist.coordinator.planning import Cluster, Proposal, first_plan, next_plan, slots_of
 from moedist.coordinator.protocol import agree
 from moedist.coordinator.sizes import STATES, Sizes
 from moedist.coordinator.speeds import RankTimes, SpeedTracker
+from moedist.errors import PlacementError
 from moedist.placement import Plan
 from moedist.world import World
 
@@ -32,7 +34,9 @@ class Coordinator:
 
     def __init__(self, world: World, config: Config, sizes: Sizes, facts: Sequence[RankFacts] | None = None,
                  state: Mapping[str, Any] | None = None):
-        self.world, self.config, self.sizes, self.facts = world, config.placement, sizes, facts
+        self.world, self.config, self.dedup = world, config.placement, config.dispatch.dedup
+        self.sizes, self.facts = sizes, facts
+        self.apart, self.why_apart = self._choose_meeting_points()
         self._tracker = SpeedTracker(facts) if facts else None
         self._loads = {int(i): torch.tensor(load, dtype=torch.float64) for i, load in (state or {}).get("loads", {}).items()}
         self._thread: threading.Thread | None = None
@@ -43,6 +47,19 @@ class Coordinator:
         self.sizes, self._thread, self._found = sizes, None, None
         if facts is not None:
             self.facts, self._tracker = facts, SpeedTracker(facts)
+            self.apart, self.why_apart = self._choose_meeting_points()
+
+    def _choose_meeting_points(self) -> tuple[bool, str]:
+        if self.facts is None:
+            return False, ""
+        if self.world.size > 1 and self.world.groups is None:
+            wanted = self.config.experts_in_every_island
+            if wanted is True and len(set(self.world.islands)) > 1:
+                raise PlacementError("placement.experts_in_every_island=true needs the island transport, and rows travel by "
+                                     f"{self.world.transport}; set world.transport=islands")
+            return False, ""
+        slots = slots_of(self.facts, self.sizes, self.config)
+        return experts_in_every_island(self.config, self.facts, slots, self.sizes, self.dedup)
 
     def state(self) -> dict[str, Any]:
         """What the next run needs to plan as well as this one would: the mean loads."""
@@ -128,7 +145,7 @@ class Coordinator:
         return self.config.replan_every or 1000
 
     def _cluster(self) -> Cluster:
-        return Cluster(tuple(self.facts), *self._tracker.speeds())
+        return Cluster(tuple(self.facts), *self._tracker.speeds(), self.apart)
 
     def _mean_loads(self) -> dict[int, list[float]]:
         return {i: load.tolist() for i, load in self._loads.items()}

@@ -28,13 +28,14 @@ def migrate(world: World, engine: Engine, new: Plan) -> int:
     """
     model, moved, moments = engine.model, 0, {}
     for layer, moe in model.moe_layers():
-        dispatcher, layout = moe.dispatcher, Layout(new.layer(layer), world.rank, world.size)
+        dispatcher, layout = moe.dispatcher, moe.dispatcher.layout.with_plan(new.layer(layer))
         tensors = engine.experts.tensors(layer)
-        if layout.plan.owners == dispatcher.layout.plan.owners:  # at most the shares differ
+        before = dispatcher.layout.plan
+        if layout.plan.owners == before.owners and layout.plan.primaries == before.primaries:  # at most the shares differ
             moe.place(moe.bank, dispatcher.for_layout(layout))
             moments[layer] = tensors[1:]
             continue
-        rounds = rounds_of_moves(dispatcher.layout.plan, layout.plan)
+        rounds = rounds_of_moves(before, layout.plan)
         moved += sum(len(moves) for moves in rounds)
         bank = _empty_bank(world, moe.bank, dispatcher.layout, layout)
         target = [bank.weights(), *(tuple(map(torch.zeros_like, bank.weights())) for _ in tensors[1:])]

@@ -19,11 +19,16 @@ MEMORY_PART = 0.8  # of what is free: the rest is for buffers and what the alloc
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks as the planner sees them: speeds now, and what does not change."""
+    """The ranks as the planner sees them: speeds now, and what does not change.
+
+    Attributes:
+        apart: every island has all experts and keeps its tokens.
+    """
 
     facts: tuple[RankFacts, ...]
     expert: Speeds
     dense: Speeds
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,34 +54,46 @@ class Proposal:
         return not self.reason
 
 
-def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes,
-             config: PlacementConfig) -> dict[int, Problem]:
+def slots_of(facts: Sequence[RankFacts], sizes: Sizes, config: PlacementConfig) -> tuple[int, ...]:
+    """Most experts of a layer on every rank: as configured, or by memory."""
+    return tuple(config.max_experts) if config.max_experts is not None else \
+        tuple(sizes.expert_slots(MEMORY_PART * f.free_bytes) for f in facts)
+
+
+def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes, config: PlacementConfig,
+             counts: Sequence[int]) -> dict[int, Problem]:
     """The problem of every MoE layer.
 
     Args:
         loads: expert rows a step, [E], by layer.
+        counts: sequences of every rank; of no use where tokens do not stay in their island.
     """
     facts = cluster.facts
     links = [f.alltoall_bytes_per_s for f in facts if f.alltoall_bytes_per_s > 0]
-    slots = tuple(config.max_experts) if config.max_experts is not None else \
-        tuple(sizes.expert_slots(MEMORY_PART * f.free_bytes) for f in facts)
+    slots = slots_of(facts, sizes, config)
     if sum(slots) < sizes.experts:
         raise PlacementError(f"{sizes.experts} experts a layer do not fit: by memory the ranks can hold {list(slots)} "
                              f"({', '.join(f'{f.free_bytes / 2**30:.1f}' for f in facts)} GiB free, an expert takes "
                              f"{4 * sizes.expert_bytes / 2**20:.1f} MiB with its optimizer in each of {len(sizes.moe_layers)} "
                              "layers); add ranks or make experts smaller")
     islands = tuple(f.island for f in facts)
+    island_rows = tuple(sum(n for n, i in zip(counts, islands) if i == island) / sum(counts)
+                        for island in sorted(set(islands))) if cluster.apart else None
     work = {layer: sizes.work(layer, loads[layer]) for layer in sizes.moe_layers}
     return {layer: Problem(
         loads=tuple(float(f) for f in work[layer]), speeds=cluster.expert.effective(max(sum(work[layer]), 1), sizes.calls),
         slots=slots, islands=islands, max_copies=config.max_copies,
-        copy_cost_s=2 * sizes.expert_bytes / min(links) if links else 0.0, hot_copies=config.hot_copies)
+        copy_cost_s=2 * sizes.expert_bytes / min(links) if links else 0.0, hot_copies=config.hot_copies,
+        island_rows=island_rows)
         for layer in sizes.moe_layers}
 
 
 def batch_counts(cluster: Cluster, layers: Sequence[LayerPlan], sizes: Sizes, config: PlacementConfig) -> list[int]:
-    """Sequences of one forward pass per rank, by dense speed and memory."""
+    """Sequences of one forward pass per rank, by dense speed and memory; of islands that keep their tokens, also by how fast
+    their experts are."""
     speeds = cluster.dense.effective(sizes.tokens, sizes.calls)
+    if cluster.apart:
+        speeds = _with_experts(cluster, speeds, sizes)
     caps = config.max_batch
     if caps is None:
         held = [0] * len(cluster.facts)
@@ -86,11 +103,23 @@ def batch_counts(cluster: Cluster, layers: Sequence[LayerPlan], sizes: Sizes, co
     return plan_batch(sizes.part, speeds, caps)
 
 
+def _with_experts(cluster: Cluster, dense_W: Sequence[float], sizes: Sizes) -> list[float]:
+    """Tokens per second of every rank, its experts' part included: those of an island are as busy with its tokens as it can
+    be made."""
+    expert_W = cluster.expert.effective(max(sizes.rows, 1), sizes.calls)
+    per_token = len(sizes.moe_layers) * sizes.rows / sizes.tokens * sizes.mean_cost
+    of_island = {}
+    for island in {f.island for f in cluster.facts}:
+        dense, expert = (sum(s for s, f in zip(of, cluster.facts) if f.island == island) for of in (dense_W, expert_W))
+        of_island[island] = 1 / (1 + dense * per_token / expert) if dense and expert else 0.0
+    return [speed * of_island[f.island] for speed, f in zip(dense_W, cluster.facts)]
+
+
 def first_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]] | None, sizes: Sizes,
                config: PlacementConfig) -> Proposal:
     """A plan from nothing; without loads every expert is taken to get the same."""
     loads = loads or {layer: [sizes.rows / sizes.experts] * sizes.experts for layer in sizes.moe_layers}
-    found = problems(cluster, loads, sizes, config)
+    found = problems(cluster, loads, sizes, config, batch_counts(cluster, [], sizes, config) if cluster.apart else ())
     layers = {layer: plan_layer(problem) for layer, problem in found.items()}
     counts = batch_counts(cluster, list(layers.values()), sizes, config)
     return _proposal(found, layers, counts, None, cluster, "planned from measured speeds")
@@ -100,7 +129,8 @@ def next_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Siz
               horizon: int) -> Proposal:
     """The plan to go on with: the old one, unless a change pays back within `horizon` steps."""
     facts = cluster.facts
-    found = problems(cluster, loads, sizes, config)
+    old_counts = split_batch(sizes.part, old.batch_shares)
+    found = problems(cluster, loads, sizes, config, old_counts)
     links = [f.alltoall_bytes_per_s for f in facts if f.alltoall_bytes_per_s > 0]
     move_s = 3 * sizes.expert_bytes / min(links) if links else 0.0  # weights and two moments
     replans: dict[int, Replan] = {layer: replan_layer(problem, old.layer(layer), move_s, horizon, config.tolerance)
@@ -112,7 +142,6 @@ def next_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Siz
         layers = {layer: old.layer(layer) for layer in found}
     else:
         layers = {layer: r.layer for layer, r in replans.items()}
-    old_counts = split_batch(sizes.part, old.batch_shares)
     counts = batch_counts(cluster, list(layers.values()), sizes, config)
     if _slowest(cluster, counts, sizes) > (1 - config.tolerance) * _slowest(cluster, old_counts, sizes):
         counts = old_counts
@@ -125,7 +154,10 @@ def next_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Siz
 
 
 def _slowest(cluster: Cluster, counts: Sequence[int], sizes: Sizes) -> float:
-    """Predicted dense time of a step."""
+    """Predicted dense time of a step; with that of experts, where an island's experts have its tokens alone."""
+    if cluster.apart:
+        speeds = _with_experts(cluster, cluster.dense.effective(sizes.tokens, sizes.calls), sizes)
+        return max(n * sizes.calls * sizes.sequence / speed if speed else math.inf for n, speed in zip(counts, speeds) if n)
     return max(_dense_s(cluster, counts, sizes))
 
 

@@ -48,15 +48,16 @@ def predict(cluster: Cluster, plan: Plan, loads: Mapping[int, Sequence[float]], 
         seconds_W = cluster.expert.seconds_of_all(rows_W, sizes.calls)
         expert_W += seconds_W
         expert_total += float(seconds_W.max())
-        exchange += _exchange_s(cluster, rows_W, np.asarray(counts), sizes)
+        exchange += max(_exchange_s(cluster, np.where(island_W == island, rows_W, 0), np.where(island_W == island, counts, 0), sizes)
+                        for island_W in (np.array(placed.islands or (0,) * ranks),) for island in set(island_W.tolist()))
     sync = _sync_s(cluster, plan, sizes)
     return StepTime(float(dense_W.max()), expert_total, exchange, sync, tuple(expert_W.tolist()), tuple(dense_W.tolist()))
 
 
 def _exchange_s(cluster: Cluster, rows_W: np.ndarray, counts_W: np.ndarray, sizes: Sizes) -> float:
     """Seconds of the row exchanges of a layer on the rank where they take longest: what it sends or what it gets, whichever
-    is more."""
-    if not rows_W.sum():
+    is more. Ranks without rows and sequences take no part."""
+    if not rows_W.sum() or not counts_W.sum():
         return 0.0
     bytes_per_s_W, latency_W = (np.array([getattr(f, name) for f in cluster.facts])
                                 for name in ("alltoall_bytes_per_s", "alltoall_latency_s"))
@@ -75,9 +76,9 @@ def _sync_s(cluster: Cluster, plan: Plan, sizes: Sizes) -> float:
     if len(linked) == 1 or not linked.any():
         return 0.0
     copies_W = np.zeros(len(linked))
-    for owners in (o for _, layer in plan.layers for o in layer.owners if len(o) > 1):
-        copies_W[owners[0]] += len(owners) - 1
-        copies_W[list(owners[1:])] += 1
+    for primary, owners in (pair for _, layer in plan.layers for pair in zip(layer.primaries, layer.owners)):
+        copies_W[list(owners)] += 1
+        copies_W[primary] += len(owners) - 2
     of_copies = copies_W[linked] * sizes.expert_bytes / bytes_per_s_W[linked]
     return 2 * (sizes.dense_bytes / bytes_per_s_W[linked].min() + float(of_copies.max()))
 

@@ -23,6 +23,7 @@ class Sizes:
         experts, top_k, moe_layers: as configured; `moe_layers` are indices of blocks.
         part, calls: sequences of one forward pass over all ranks, and forward passes of a step.
         sequence: tokens of a sequence.
+        hidden: hidden width of an expert, mean.
         expert_bytes: weights of one expert.
         dense_bytes: weights of all that is not expert.
         token_bytes: activations that one token of one forward pass keeps until its backward pass, estimated.
@@ -36,6 +37,7 @@ class Sizes:
     part: int
     calls: int
     sequence: int
+    hidden: float
     expert_bytes: int
     dense_bytes: int
     token_bytes: int
@@ -58,7 +60,7 @@ class Sizes:
         block = m.width * (2 * value + 4 * low) + m.top_k * (2 * m.width + (gate - 1) * m.expert_hidden) * low
         per_token = (m.width * value * m.layers if m.recompute else block * m.layers) + block
         return cls(m.experts, m.top_k, tuple(moe), t.batch // t.accumulate, t.accumulate, config.data.sequence_length,
-                   gate * m.width * m.expert_hidden * value, dense * value, per_token, m.width * low)
+                   m.expert_hidden, gate * m.width * m.expert_hidden * value, dense * value, per_token, m.width * low)
 
     def compressed(self, forms: Mapping[int, Mapping[int, ExpertForm]], value_bytes: int) -> "Sizes":
         """With experts as they are stored now.
@@ -70,7 +72,9 @@ class Sizes:
         whole = self.expert_bytes / value_bytes
         found = [form.numbers for of_layer in forms.values() for form in of_layer.values()]
         costs = {i: tuple(of_layer[e].numbers / whole for e in range(self.experts)) for i, of_layer in forms.items()}
-        return replace(self, expert_bytes=int(sum(found) / len(found) * value_bytes), costs=costs)
+        mean = sum(found) / len(found)
+        return replace(self, hidden=self.hidden * mean * value_bytes / self.expert_bytes, expert_bytes=int(mean * value_bytes),
+                       costs=costs)
 
     def work(self, layer: int, rows: Sequence[float]) -> list[float]:
         """[E] rows of every expert as so many rows of an uncompressed one."""

@@ -54,6 +54,9 @@ def start_plan(config: Config, world: World, transport: Transport, vocab: int, w
         return written, Coordinator(world, config, sizes, state=state)
     facts = measured_facts(config, world, transport, vocab, sizes, say)
     coordinator = Coordinator(world, config, sizes, facts, state)
+    if coordinator.why_apart:
+        say(f"islands meet {'once a step, every one has all experts' if coordinator.apart else 'in every layer'}: "
+            f"{coordinator.why_apart}")
     old = Plan.from_json(meta["plan"]) if meta and meta["world_size"] == world.size else None
     plan, why_not = coordinator.first_plan(old)
     if plan is None:

@@ -7,15 +7,17 @@ from typing import Union
 import torch
 
 from moedist.config import DispatchConfig
+from moedist.dispatch.apart import ApartDispatcher
 from moedist.dispatch.dedup import DedupDispatcher, Sharing
 from moedist.dispatch.dispatcher import Dispatcher
 from moedist.dispatch.exchange import Place
 from moedist.dispatch.islands import IslandsTransport
 from moedist.dispatch.layout import Layout
 from moedist.dispatch.transport import GroupTransport, LocalTransport, TorchDistTransport, Transport
+from moedist.errors import PlacementError
 from moedist.world import World
 
-AnyDispatcher = Union[Dispatcher, DedupDispatcher]
+AnyDispatcher = Union[Dispatcher, DedupDispatcher, ApartDispatcher]
 WIRE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -50,7 +52,22 @@ def choose_sharing(config: DispatchConfig, transport: Transport, experts_per_tok
 
 def build_dispatcher(layout: Layout, transport: Transport, device: torch.device, sharing: Sharing = Sharing(),
                      place: Place | None = None) -> AnyDispatcher:
-    """The plain dispatcher where nothing is shared, and rows all go one way; else one that shares."""
+    """The plain dispatcher where nothing is shared, and rows all go one way; else one that shares. Where every island has all
+    experts, one of those inside this rank's island.
+
+    Raises:
+        PlacementError: the plan keeps rows in other islands than the transport's.
+    """
+    if layout.plan.islands:
+        if not isinstance(transport, IslandsTransport) or transport.islands != layout.plan.islands:
+            raise PlacementError(f"the plan keeps rows in islands {list(layout.plan.islands)}, but rows travel in "
+                                 f"{list(getattr(transport, 'islands', (0,) * transport.world_size))}; set world.islands and "
+                                 "world.transport=islands as before, or placement.experts_in_every_island=false")
+        # no row goes to another island; what is computed meanwhile is not worth a cut unless it is asked for
+        here = Sharing("none" if sharing.dedup == "island" else sharing.dedup, overlap=sharing.pieces > 1,
+                       pieces=sharing.pieces)
+        return ApartDispatcher(layout, transport, lambda inside, native: build_dispatcher(inside, native, device, here, place),
+                               lambda other: build_dispatcher(other, transport, device, sharing, place))
     if transport.world_size == 1 or sharing == Sharing() and not hasattr(transport, "islands"):
         return Dispatcher(layout, transport, device, place)
     return DedupDispatcher(layout, transport, device, sharing, place)
@@ -58,6 +75,8 @@ def build_dispatcher(layout: Layout, transport: Transport, device: torch.device,
 
 def describe_ways(dispatcher: AnyDispatcher) -> str:
     """How rows travel, in words; what `auto` has chosen among it."""
+    if isinstance(dispatcher, ApartDispatcher):
+        return f"rows stay in islands {list(dispatcher.transport.islands)}; inside, {describe_ways(dispatcher.inner)}"
     transport = dispatcher.transport
     sharing = dispatcher.sharing if isinstance(dispatcher, DedupDispatcher) else Sharing()
     islands = getattr(transport, "islands", (0,) * transport.world_size)

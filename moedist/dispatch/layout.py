@@ -6,8 +6,9 @@ sent, R rows received. Any owner map works: a rank may own none, all, or any ids
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Sequence
 
 import torch
 
@@ -20,11 +21,19 @@ class Layout:
 
     Placements are numbered by rank, then by expert, the same on every rank. A rank sends to itself first, then to the
     others by rank, so that its own rows stay outside the collective as a contiguous head; within a rank, by expert id.
+
+    Attributes:
+        islands: of every rank, where there are several; an expert's rows then go to a copy in the same island if they can.
     """
 
     plan: LayerPlan
     rank: int
     world_size: int
+    islands: tuple[int, ...] = ()
+
+    def with_plan(self, plan: LayerPlan) -> "Layout":
+        """The same rank's view of another placement."""
+        return replace(self, plan=plan)
 
     @cached_property
     def experts_by_rank(self) -> list[list[int]]:
@@ -89,7 +98,7 @@ class Layout:
         for e, ranks in enumerate(self.plan.owners):
             if len(ranks) > 1:
                 columns = [self.first_placement_W1[r] + self.experts_by_rank[r].index(e) for r in ranks]
-                load_WP[:, columns] = split_rows(load_WE[:, e], list(ranks), self.plan.shares[e])
+                load_WP[:, columns] = split_rows(load_WE[:, e], list(ranks), self.plan.shares[e], self.islands)
         return load_WP
 
     def sending_order_N(self, load_WP: torch.Tensor) -> torch.Tensor:
@@ -130,25 +139,42 @@ class Layout:
         return _concatenate_ranges(starts_PL.t().flatten(), counts_PL.t().flatten())
 
 
-def split_rows(rows_W: torch.Tensor, owners: list[int], shares: tuple[float, ...]) -> torch.Tensor:
+def split_rows(rows_W: torch.Tensor, owners: list[int], shares: tuple[float, ...],
+               islands: Sequence[int] = ()) -> torch.Tensor:
     """[W, C]: how many of an expert's rows every rank sends to each of its C copies.
 
     Every copy gets its share of all rows exactly (by largest remainder). A rank with a copy keeps what it can of its own
-    rows; what is left is filled up in rank order (the north-west corner rule of the transportation problem), so every
-    rank works out the same split from the counts alone.
+    rows, then rows go to copies in the same island as far as those have room, and what is left goes where there is room; each
+    time in rank order (the north-west corner rule of the transportation problem), so every rank works out the same split from
+    the counts alone.
+
+    Args:
+        islands: of every rank; empty: all are in one.
 
     >>> split_rows(torch.tensor([4, 0, 2]), [0, 2], (0.5, 0.5)).tolist()
     [[3, 1], [0, 0], [0, 2]]
+    >>> split_rows(torch.tensor([0, 4, 4, 0]), [0, 3], (0.5, 0.5), [0, 1, 0, 1]).tolist()
+    [[0, 0], [0, 4], [4, 0], [0, 0]]
     """
     quota_C = torch.tensor(split_batch(int(rows_W.sum()), shares), dtype=torch.int64)
-    copies = torch.arange(len(owners))
     kept_C = torch.minimum(rows_W[owners], quota_C)
     split_WC = torch.zeros(len(rows_W), len(owners), dtype=torch.int64)
-    split_WC[owners, copies] = kept_C
+    split_WC[owners, torch.arange(len(owners))] = kept_C
     supply_W, demand_C = rows_W - split_WC.sum(1), quota_C - kept_C
+    if len(set(islands)) > 1:
+        island_W = torch.tensor(islands)
+        for island in sorted(set(islands)):
+            here_W = island_W == island
+            inside_WC = _north_west(supply_W * here_W, demand_C * here_W[owners])
+            split_WC, supply_W, demand_C = split_WC + inside_WC, supply_W - inside_WC.sum(1), demand_C - inside_WC.sum(0)
+    return split_WC + _north_west(supply_W, demand_C)
+
+
+def _north_west(supply_W: torch.Tensor, demand_C: torch.Tensor) -> torch.Tensor:
+    """[W, C]: as much of the supply as there is demand for, in order."""
     supply_end, demand_end = supply_W.cumsum(0).unsqueeze(1), demand_C.cumsum(0)
     overlap = torch.minimum(supply_end, demand_end) - torch.maximum(supply_end - supply_W.unsqueeze(1), demand_end - demand_C)
-    return split_WC + overlap.clamp(min=0)
+    return overlap.clamp(min=0)
 
 
 def _concatenate_ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ class GroupTransport(Transport):
         group: the process group.
         meter: is told of waiting.
         accelerated: the group is of the accelerators' own library, which CPU tensors cannot use: they go over `control`.
-        control: a gloo group of the same ranks; None: `group` is one.
+        control: a gloo group of the same ranks, for counts; None: they go over `group`.
     """
 
     def __init__(self, group: Any, meter: Meter, accelerated: bool = False, control: Any = None):
@@ -76,11 +76,12 @@ class GroupTransport(Transport):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
     def all_gather_counts(self, counts: torch.Tensor) -> torch.Tensor:
-        gathered = torch.empty(self.world_size, len(counts), dtype=torch.int64)
-        counts = counts.cpu()
+        on_device = self.accelerated and self.control is self.group
+        counts = counts if on_device else counts.cpu()
+        gathered = counts.new_empty(self.world_size, len(counts))
         with self.meter.waiting():
             dist.all_gather(list(gathered), counts, group=self.control)
-        return gathered
+        return gathered.cpu()
 
     def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Pending:
         on_cpu = buffer.device.type == "cpu"

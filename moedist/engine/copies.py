@@ -26,7 +26,9 @@ class Copies:
         self._primary_at: list[list[tuple[int, int]]] = [[] for _ in range(size)]
         self._copy_at: list[list[tuple[int, int]]] = [[] for _ in range(size)]
         for layer, moe in layers:
-            for e, (primary, *others) in enumerate(moe.dispatcher.layout.plan.owners):
+            plan = moe.dispatcher.layout.plan
+            for e, (primary, ranks) in enumerate(zip(plan.primaries, plan.owners)):
+                others = [r for r in ranks if r != primary]
                 if rank in others:
                     self._primary_at[primary].append((layer, e))
                 if rank == primary:

@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         sharing = choose_sharing(config.dispatch, transport, 1 if config.router.name == "soft_moe" else m.top_k)
         for i in range(m.layers):
             if i in config.moe_layers():
-                layout = Layout(plan.layer(i), transport.rank, transport.world_size)
+                layout = Layout(plan.layer(i), transport.rank, transport.world_size, getattr(transport, "islands", ()))
                 of_layer = (forms or {}).get(i, {})
                 local = [of_layer.get(e, whole) for e in layout.local_experts]
                 bank = self.banks[i] = build_bank(i, layout.local_experts, local, m.width, m.activation, device, dtype)

@@ -14,7 +14,6 @@ import torch
 
 from moedist.compress import Calibration, Expert, calibrate, calibration_bytes
 from moedist.data import TrainStream
-from moedist.dispatch import Layout
 from moedist.model import Batch, MoELayer, Transformer
 from moedist.phases.evaluation import EVAL_SEED, forward_loss
 from moedist.placement import LayerPlan, equal_counts
@@ -118,9 +117,8 @@ def primaries_only(model: Transformer) -> Iterator[None]:
     before = [(moe, moe.dispatcher) for _, moe in model.moe_layers() if moe.dispatcher.layout.has_copies]
     for moe, dispatcher in before:
         plan = dispatcher.layout.plan
-        shares = tuple((1.0, *(0.0 for _ in owners[1:])) for owners in plan.owners)
-        layout = Layout(LayerPlan(plan.owners, shares), dispatcher.layout.rank, dispatcher.layout.world_size)
-        moe.place(moe.bank, dispatcher.for_layout(layout))
+        shares = tuple(tuple(float(r == primary) for r in owners) for primary, owners in zip(plan.primaries, plan.owners))
+        moe.place(moe.bank, dispatcher.for_layout(dispatcher.layout.with_plan(LayerPlan(plan.owners, shares))))
     try:
         yield
     finally:

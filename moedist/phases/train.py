@@ -109,6 +109,7 @@ def train_step(run: Run) -> StepReport:
             loads[layer] = loads.get(layer, 0) + report.load_WE
             demands[layer] = demands.get(layer, 0) + report.demand_E
             rows_P[layer] = rows_P.get(layer, 0) + report.rows_P
+    _sum_over_islands(run, loads, demands, rows_P)
     sums["stop"], sums["save"] = float(bool(run.signals.stop)), float(run.signals.save)
     sums["plan"], sums["written"] = float(run.coordinator.ready), float(run.saver.written)
     times = world.meter.take()
@@ -128,6 +129,22 @@ def train_step(run: Run) -> StepReport:
     ranks = RankTimes(_of_ranks(run, rows_P), [n * t.accumulate * sequence for n in counts], expert_s, dense_s,
                       _of_ranks(run, rows_P, run.coordinator.sizes.costs))
     return StepReport(dict(zip(SUMS, summed.tolist())), result.grad_norm, loads, ranks, times, traffic)
+
+
+def _sum_over_islands(run: Run, *of_layers: dict[int, torch.Tensor]) -> None:
+    """Counts of layers whose islands have not told each other in every layer: from now on those of all, in place."""
+    world = run.world
+    layers = [i for i, moe in run.model.moe_layers() if moe.dispatcher.layout.plan.islands]
+    if not layers:
+        return
+    mine = [found[i] for found in of_layers for i in layers]
+    flat = torch.cat([counts.flatten().double() for counts in mine])
+    if world.rank != world.islands.index(world.islands[world.rank]):  # all ranks of an island know the same
+        flat.zero_()
+    world.all_reduce_(flat)
+    for (found, i), counts, total in zip(((found, i) for found in of_layers for i in layers), mine,
+                                         flat.split([counts.numel() for counts in mine])):
+        found[i] = total.view_as(counts).to(counts.dtype)
 
 
 def _of_ranks(run: Run, rows_P: dict[int, torch.Tensor],

@@ -50,6 +50,8 @@ def bound(problem: Problem) -> float:
     >>> bound(Problem((6.0, 1.0, 1.0), (2.0, 2.0))), bound(Problem((6.0, 1.0, 1.0), (2.0, 2.0), max_copies=1))
     (3.0, 2.0)
     """
+    if problem.island_rows is not None:
+        return max(bound(of_island) for of_island in problem.of_islands.values())
     if problem.most_copies:
         return problem.fluid_s
     loads = np.sort(np.asarray(problem.loads, dtype=float))[::-1]

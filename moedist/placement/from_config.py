@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from moedist.config import Config
+from moedist.config import Config, number_islands
 from moedist.errors import PlacementError
+from moedist.placement.per_island import join_islands, members_of
 from moedist.placement.plan import LayerPlan, Plan
 from moedist.placement.shares import equal_counts, split_batch
 
@@ -16,19 +17,44 @@ def plan_from_config(config: Config, world_size: int) -> Plan:
             add up, or shares for another number of ranks.
     """
     p, experts = config.placement, config.model.experts
-    if p.owners is not None and p.counts is not None:
-        raise PlacementError("placement.owners and placement.counts are both set; choose one")
-    if p.owners is not None:
-        owner_of_expert = _from_owners(p.owners, experts, world_size)
-    else:
-        counts = p.counts if p.counts is not None else equal_counts(experts, world_size)
-        owner_of_expert = _from_counts(counts, experts, world_size)
     shares = p.batch_shares if p.batch_shares is not None else [1] * world_size
     if len(shares) != world_size:
         raise PlacementError(f"placement.batch_shares has {len(shares)} entries for {world_size} ranks; give one per rank")
     split_batch(config.train.batch, shares)  # refuses negative and all-zero shares
-    layer = LayerPlan.single(owner_of_expert)
+    if p.owners is not None and p.counts is not None:
+        raise PlacementError("placement.owners and placement.counts are both set; choose one")
+    if p.experts_in_every_island is True and world_size > 1:
+        layer = _in_every_island(config, world_size, shares)
+    else:
+        layer = _layer(p.owners, p.counts, experts, world_size)
     return Plan(world_size, tuple((i, layer) for i in config.moe_layers()), tuple(float(s) for s in shares))
+
+
+def _layer(owners: dict[int, list[int]] | None, counts: list[int] | None, experts: int, ranks: int) -> LayerPlan:
+    if owners is not None:
+        return LayerPlan.single(_from_owners(owners, experts, ranks))
+    return LayerPlan.single(_from_counts(counts if counts is not None else equal_counts(experts, ranks), experts, ranks))
+
+
+def _in_every_island(config: Config, world_size: int, shares: list[int]) -> LayerPlan:
+    """What is written down for the ranks of each island."""
+    p, labels = config.placement, config.world.islands
+    if labels is None or len(labels) != world_size:
+        raise PlacementError("placement.experts_in_every_island=true with a placement that is written down, or equal, needs to "
+                             f"know the islands before the ranks meet; set world.islands to {world_size} names, one per rank")
+    members = members_of(number_islands(labels))
+    if p.counts is not None and len(p.counts) != world_size:
+        raise PlacementError(f"placement.counts {p.counts} names {len(p.counts)} ranks but the world has {world_size}")
+    layers = {}
+    for island, ranks in members.items():
+        try:
+            layers[island] = _layer(
+                None if p.owners is None else {i: p.owners[r] for i, r in enumerate(ranks) if r in p.owners},
+                None if p.counts is None else [p.counts[r] for r in ranks], config.model.experts, len(ranks))
+        except PlacementError as error:
+            raise PlacementError(f"island {labels[ranks[0]]!r} (ranks {ranks}, here counted from 0): {error}") from error
+    rows = {island: sum(shares[r] for r in ranks) / sum(shares) for island, ranks in members.items()}
+    return join_islands(number_islands(labels), layers, rows)
 
 
 def _from_counts(counts: list[int], experts: int, world_size: int) -> list[int]:

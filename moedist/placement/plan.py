@@ -21,10 +21,13 @@ class LayerPlan:
     Attributes:
         owners: for every expert, the ranks that hold it, ascending.
         shares: for every expert, the part of its rows that each of those ranks takes, summing to one.
+        islands: island of every rank where each island has every expert and no row leaves its island; else empty. Of an
+            island's rows, its owners then take parts as large as their shares are to each other.
     """
 
     owners: tuple[tuple[int, ...], ...]
     shares: tuple[tuple[float, ...], ...]
+    islands: tuple[int, ...] = ()
 
     @classmethod
     def single(cls, owner_of_expert: Sequence[int]) -> "LayerPlan":
@@ -37,7 +40,10 @@ class LayerPlan:
 
     @property
     def primaries(self) -> list[int]:
-        """For every expert, the rank that keeps its optimizer state: its first owner."""
+        """For every expert, the rank that keeps its optimizer state: its first owner, or, where every island has it, one
+        owner after the other: the first would all be of one island."""
+        if self.islands:
+            return [ranks[e % len(ranks)] for e, ranks in enumerate(self.owners)]
         return [ranks[0] for ranks in self.owners]
 
     @property
@@ -48,6 +54,16 @@ class LayerPlan:
     def experts_of_rank(self, rank: int) -> list[int]:
         """Expert ids that a rank holds, ascending."""
         return [e for e, ranks in enumerate(self.owners) if rank in ranks]
+
+    def of_ranks(self, members: Sequence[int]) -> "LayerPlan":
+        """The layer as the ranks of one island see it, numbered from 0 in the order of `members` (ascending)."""
+        owners, shares = [], []
+        for ranks, parts in zip(self.owners, self.shares):
+            mine = [(members.index(r), part) for r, part in zip(ranks, parts) if r in members]
+            total = sum(part for _, part in mine)
+            owners.append(tuple(r for r, _ in mine))
+            shares.append(tuple(part / total if total else 1 / len(mine) for _, part in mine))
+        return LayerPlan(tuple(owners), tuple(shares))
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,8 @@ class Plan:
         if len(self.batch_shares) != self.world_size:
             raise PlacementError(f"{len(self.batch_shares)} batch shares for {self.world_size} ranks; give one per rank")
         for index, layer in self.layers:
+            if layer.islands and len(layer.islands) != self.world_size:
+                raise PlacementError(f"layer {index}: {len(layer.islands)} islands for {self.world_size} ranks; give one per rank")
             for e, (ranks, shares) in enumerate(zip(layer.owners, layer.shares)):
                 if not ranks:
                     raise PlacementError(f"layer {index}: expert {e} has no owner; every expert needs a rank")
@@ -80,6 +98,10 @@ class Plan:
                 if min(ranks) < 0 or max(ranks) >= self.world_size or list(ranks) != sorted(set(ranks)):
                     raise PlacementError(f"layer {index}: expert {e} is placed on ranks {list(ranks)}, but the ranks are "
                                          f"0..{self.world_size - 1}, each at most once")
+                missing = set(layer.islands) - {layer.islands[r] for r in ranks if layer.islands}
+                if missing:
+                    raise PlacementError(f"layer {index}: every island is to have all experts, but islands {sorted(missing)} do "
+                                         f"not have expert {e}")
 
     def layer(self, index: int) -> LayerPlan:
         return dict(self.layers)[index]
@@ -88,7 +110,8 @@ class Plan:
         """Canonical JSON; `from_json` reads it back equal up to rounding of floats to 9 digits."""
         tree = {
             "world_size": self.world_size,
-            "layers": [[i, [list(o) for o in p.owners], [_rounded(s) for s in p.shares]] for i, p in self.layers],
+            "layers": [[i, [list(o) for o in p.owners], [_rounded(s) for s in p.shares], *([list(p.islands)] if p.islands else [])]
+                       for i, p in self.layers],
             "batch_shares": _rounded(self.batch_shares),
             "speeds": _rounded(self.speeds),
             "predicted_ms": _rounded(self.predicted_ms),
@@ -98,8 +121,8 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         tree = json.loads(text)
-        layers = tuple((i, LayerPlan(tuple(map(tuple, owners)), tuple(map(tuple, shares))))
-                       for i, owners, shares in tree["layers"])
+        layers = tuple((i, LayerPlan(tuple(map(tuple, owners)), tuple(map(tuple, shares)), *map(tuple, islands)))
+                       for i, owners, shares, *islands in tree["layers"])
         return cls(tree["world_size"], layers, tuple(tree["batch_shares"]), tuple(tree["speeds"]),
                    tuple(tree["predicted_ms"]))
 

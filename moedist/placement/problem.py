@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moedist.errors import PlacementError
+from moedist.placement.per_island import members_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Problem:
         copy_cost_s: seconds that one more copy adds to every step (its gradients and weights travel); a copy must save
             more makespan than that.
         hot_copies: the so many hottest experts have a copy in every island, whatever it costs.
+        island_rows: None, or every island has all experts and keeps its rows: the part of the rows that comes from the
+            ranks of each island, ascending, summing to one. `max_copies` are then copies in each island.
     """
 
     loads: tuple[float, ...]
@@ -35,6 +38,7 @@ class Problem:
     max_copies: int = 0
     copy_cost_s: float = 0.0
     hot_copies: int = 0
+    island_rows: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         experts, ranks = len(self.loads), len(self.speeds)
@@ -51,6 +55,34 @@ class Problem:
         if room < experts:
             raise PlacementError(f"{experts} experts a layer do not fit: the ranks can hold {list(self.capacity)}, {room} in "
                                  "all; add ranks, compress the experts, or raise placement.max_experts")
+        if self.island_rows is not None:
+            if len(self.island_rows) != len(self.members):
+                raise PlacementError(f"{len(self.island_rows)} island_rows for {len(self.members)} islands; give one per island")
+            for island, ranks in self.members.items():
+                room = sum(self.capacity[r] for r in ranks)
+                if room < experts:
+                    raise PlacementError(f"island {island} (ranks {ranks}) can hold {room} of the {experts} experts of a layer, "
+                                         "and every island is to have all; set placement.experts_in_every_island=false")
+
+    @cached_property
+    def members(self) -> dict[int, list[int]]:
+        """Ranks of every island, both ascending."""
+        return members_of(self.islands if self.islands is not None else (0,) * len(self.speeds))
+
+    @cached_property
+    def rows_of(self) -> dict[int, float]:
+        """`island_rows` by island."""
+        return dict(zip(self.members, self.island_rows or ()))
+
+    @cached_property
+    def of_islands(self) -> dict[int, "Problem"]:
+        """The problem of every island for itself, where each has all experts."""
+        def of(values: tuple, ranks: list[int]) -> tuple:
+            return tuple(values[r] for r in ranks)
+
+        return {island: Problem(tuple(part * load for load in self.loads), of(self.speeds, ranks), of(self.capacity, ranks),
+                                None, self.max_copies, self.copy_cost_s)
+                for (island, ranks), part in zip(self.members.items(), self.rows_of.values())}
 
     @cached_property
     def hottest(self) -> tuple[int, ...]:
@@ -68,6 +100,8 @@ class Problem:
     @cached_property
     def most_copies(self) -> int:
         """Copies that a plan may have, those of `hot_copies` included: as many as are allowed and there are places for."""
+        if self.island_rows is not None:
+            return sum(len(self.loads) + of_island.most_copies for of_island in self.of_islands.values()) - len(self.loads)
         return min(self.max_copies + self.free_copies, sum(self.capacity) - len(self.loads))
 
     @cached_property

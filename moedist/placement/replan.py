@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -11,10 +11,14 @@ from scipy.optimize import linear_sum_assignment
 from moedist.placement.cost import cost, makespan
 from moedist.placement.fill import search
 from moedist.placement.hot import covered, covers
+from moedist.placement.per_island import join_islands
 from moedist.placement.plan import LayerPlan
 from moedist.placement.problem import Problem
 from moedist.placement.refine import owners_of, pieces_of, with_best_shares
 from moedist.placement.solve import plan_layer
+
+
+Kind = Literal["stay", "moves", "full"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Replan:
     """
 
     layer: LayerPlan
-    kind: Literal["stay", "moves", "full"]
+    kind: Kind
     makespan_s: float
     old_makespan_s: float
     moved: int
@@ -49,6 +53,8 @@ def replan_layer(problem: Problem, old: LayerPlan, move_cost_s: float = 0.0, hor
         old: the plan in force, for the same experts and ranks.
         move_cost_s: seconds that moving one expert takes, once.
     """
+    if problem.island_rows is not None:
+        return _replan_islands(problem, old, move_cost_s, horizon_steps, tolerance, max_moves)
     before = makespan(old, problem)
     stay = with_best_shares(list(old.owners), problem, keep=True)
     candidates: list[tuple[str, LayerPlan]] = [("stay", stay)] if fits(stay, problem, tolerance) else []
@@ -66,6 +72,23 @@ def replan_layer(problem: Problem, old: LayerPlan, move_cost_s: float = 0.0, hor
     if kind == "stay" and makespan(best, problem) > (1 - tolerance) * before:
         best = old  # not even the shares are worth a new plan
     return Replan(best, kind, makespan(best, problem), before, moved(old, best), candidates[0][0] != "stay")
+
+
+def _replan_islands(problem: Problem, old: LayerPlan, *how: Any) -> Replan:
+    """Every island for itself; all anew where the old plan did not have all experts in each."""
+    before = makespan(old, problem)
+    if old.islands != problem.islands:
+        new = plan_layer(problem)
+        return Replan(new, "full", makespan(new, problem), before, moved(old, new), forced=True)
+    replans = {island: replan_layer(of_island, old.of_ranks(problem.members[island]), *how)
+               for island, of_island in problem.of_islands.items()}
+    kinds: Sequence[Kind] = ("full", "moves", "stay")
+    kind = min((replan.kind for replan in replans.values()), key=kinds.index)
+    layer = join_islands(problem.islands, {island: replan.layer for island, replan in replans.items()}, problem.rows_of)
+    if layer.owners == old.owners and makespan(layer, problem) > (1 - how[2]) * before:
+        layer = old
+    return Replan(layer, kind, makespan(layer, problem), before, moved(old, layer),
+                  any(replan.forced for replan in replans.values()))
 
 
 def moved(old: LayerPlan, new: LayerPlan) -> int:

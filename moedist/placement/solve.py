@@ -19,6 +19,7 @@ from moedist.placement.cost import bound, copy_price, cost, makespan
 from moedist.placement.exact import best_grouping
 from moedist.placement.fill import fill_by_expert, fill_by_rank, search, seconds_of
 from moedist.placement.hot import covered, hot_pieces
+from moedist.placement.per_island import join_islands
 from moedist.placement.plan import LayerPlan
 from moedist.placement.problem import Problem
 from moedist.placement.refine import FEW, add_copies, better, drop_copies, polish, shake, with_shares
@@ -38,6 +39,9 @@ def plan_layer(problem: Problem) -> LayerPlan:
     Raises:
         PlacementError: `hot_copies` asks for more than the ranks can hold.
     """
+    if problem.island_rows is not None:
+        layers = {island: plan_layer(of_island) for island, of_island in problem.of_islands.items()}
+        return join_islands(problem.islands, layers, problem.rows_of)
     best = polish(with_shares(_whole(problem, "lpt"), problem), problem)
     if makespan(best, problem) > GOOD * bound(problem) and len(problem.loads) <= SMALL:
         best = better(best, polish(with_shares(_whole(problem, "fit"), problem), problem), problem)

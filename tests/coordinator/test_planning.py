@@ -145,3 +145,41 @@ def test_an_old_plan_that_breaks_a_limit_does_not_stay():
     limited = dataclasses.replace(PLACEMENT, max_experts=[8, 1])
     found = next_plan(cluster([100, 100]), EVEN, SIZES, limited, old, horizon=100)
     assert not found.stays and held(found.plan, 0) == held(found.plan, 1) == [7, 1]
+
+
+def islands_of(speeds, islands, dense=None):
+    return dataclasses.replace(cluster(speeds, dense, islands=islands), apart=True)
+
+
+def test_islands_that_keep_their_tokens_are_planned_each_for_itself():
+    """Two ranks of 300 and 100, and one of 400: every island has all experts, and half of the batch."""
+    here = islands_of([300, 100, 400], [0, 0, 1])
+    found = first_plan(here, EVEN, SIZES, PLACEMENT)
+    layer = found.plan.layer(0)
+    assert held(found.plan) == [6, 2, 8] and layer.islands == (0, 0, 1)
+    assert split_batch(16, found.plan.batch_shares)[2] == 8
+    assert found.expert_s == pytest.approx(found.bound_s) and found.bound_s == pytest.approx(2 * ROWS / 2 / 400)
+    assert len({layer.primaries.count(r) for r in (0, 1)} | {layer.primaries.count(2)}) > 1
+    assert layer.primaries.count(2) == 4, "the islands update as many experts each"
+    assert Plan.from_json(found.plan.to_json()) == found.plan
+
+
+def test_islands_that_keep_their_tokens_get_a_batch_for_both_kinds_of_work():
+    """Island 1 is as fast outside experts, and four times slower in them."""
+    plain = first_plan(cluster([400, 100], [200, 200], islands=[0, 1]), EVEN, SIZES, PLACEMENT).plan
+    kept = first_plan(islands_of([400, 100], [0, 1], [200, 200]), EVEN, SIZES, PLACEMENT).plan
+    assert split_batch(16, plain.batch_shares) == [8, 8]
+    # a token takes 1/200 s, and 2 layers of 2 rows: 4/400 or 4/100 s; 0.015 and 0.045 s in all
+    assert split_batch(16, kept.batch_shares) == [12, 4]
+
+
+def test_islands_that_keep_their_tokens_are_planned_again_each_for_itself():
+    old = first_plan(islands_of([100, 100, 200], [0, 0, 1]), EVEN, SIZES, PLACEMENT).plan
+    assert next_plan(islands_of([102, 99, 200], [0, 0, 1]), EVEN, SIZES, PLACEMENT, old, 100).stays
+    found = next_plan(islands_of([150, 50, 200], [0, 0, 1]), EVEN, SIZES, PLACEMENT, old, 100)
+    assert held(old) == [4, 4, 8] and held(found.plan) == [6, 2, 8] and found.moved == 4
+    apart = next_plan(islands_of([100, 300], [0, 1]), EVEN, SIZES, PLACEMENT,
+                      first_plan(cluster([100, 300], islands=[0, 1]), EVEN, SIZES, PLACEMENT).plan, 100)
+    assert held(apart.plan) == [8, 8], "a plan whose tokens travel does not stay"
+    back = next_plan(cluster([100, 300], islands=[0, 1]), EVEN, SIZES, PLACEMENT, apart.plan, 100)
+    assert held(back.plan) == [2, 6] and back.plan.layer(0).islands == ()

@@ -87,3 +87,11 @@ def test_split_rows_conserves(rows, data):
     assert split.sum(0).tolist() == split_batch(sum(rows), shares)
     for copy, owner in enumerate(owners):
         assert split[owner, copy] == min(rows[owner], split[:, copy].sum()), "a rank keeps what its copy has room for"
+
+def test_rows_go_to_a_copy_in_the_same_island_if_there_is_room():
+    """Ranks 0 and 2 are one island, 1 and 3 the other; copies on 0 and 3."""
+    rows = torch.tensor([1, 5, 4, 2])
+    near = split_rows(rows, [0, 3], (0.5, 0.5), (0, 1, 0, 1))
+    assert near.tolist() == [[1, 0], [1, 4], [4, 0], [0, 2]], "one row has to cross: island 0 has 5, and its copy takes 6"
+    assert near.sum(0).tolist() == split_rows(rows, [0, 3], (0.5, 0.5)).sum(0).tolist() == [6, 6]
+    assert (near.sum(1) == rows).all()
