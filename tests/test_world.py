@@ -25,17 +25,19 @@ def test_doctests():
     assert doctest.testmod(moedist.world).failed == 0
 
 
-@pytest.mark.parametrize("mpi, native, crowded, transport, why", [
-    (True, False, (), "mpi", "a core for every rank"),
-    (True, False, ("n1",), "torchdist", "more ranks than cores on n1"),
-    (True, True, (), "torchdist", "accelerators of one vendor"),
-    (False, False, (), "torchdist", "started by slurm")])
-def test_auto_chooses_a_transport_and_says_why(mpi, native, crowded, transport, why):
+@pytest.mark.parametrize("mpi, native, crowded, several, carrier, why", [
+    (True, False, (), False, "mpi", "a core for every rank"),
+    (True, False, ("n1",), False, "torchdist", "more ranks than cores on n1"),
+    (True, True, (), False, "torchdist", "accelerators of one vendor"),
+    (True, True, (), True, "mpi", "a core for every rank"),
+    (False, False, (), True, "torchdist", "started by slurm")])
+def test_auto_chooses_a_carrier_and_says_why(mpi, native, crowded, several, carrier, why):
+    """Between islands native groups are of no use, though all ranks have one."""
     world = World(size=2, mpi=object() if mpi else None, native=object() if native else None, crowded=crowded)
-    world._choose_transport("auto", "started by slurm")
-    assert world.transport == transport and why in world.transport_why
-    world._choose_transport("torchdist", "")
-    assert world.transport == "torchdist" and world.transport_why == "as configured"
+    world._choose_carrier("auto", "started by slurm", several)
+    assert world.carrier == carrier and why in world.transport_why
+    world._choose_carrier("torchdist", "", several)
+    assert world.carrier == "torchdist" and world.transport_why == "as configured"
 
 
 def talk(world: World):
