@@ -32,7 +32,7 @@ CHOICES = {
 }
 POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
             "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
-            "train.accumulate", "train.lr", "world.timeout_s", "world.rendezvous_timeout_s", "monitor.log_every",
+            "train.accumulate", "train.lr", "train.expert_lr_ratio", "world.timeout_s", "world.rendezvous_timeout_s", "monitor.log_every",
             "checkpoint.keep", "placement.probe_s", "dispatch.overlap_chunks")
 NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
                 "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",

@@ -150,6 +150,7 @@ class TrainConfig:
     dtype: str = key("float32", "float32, bfloat16 or float16 (autocast, float32 weights), or float64")
     optimizer: str = key("adamw", "adamw, or sgd (no momentum, for comparisons)")
     lr: float = key(1e-3, "peak learning rate")
+    expert_lr_ratio: float = key(1.0, "learning rate of the experts over that of the rest")
     schedule: str = key("cosine", "cosine, linear or constant")
     warmup_steps: int = key(20, "steps of linear warm-up")
     min_lr_ratio: float = key(0.1, "last learning rate over the peak")

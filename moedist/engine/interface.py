@@ -100,7 +100,7 @@ class Engine(ABC):
         """Sum dense gradients over ranks, clip by the global norm, update, clear gradients.
 
         Args:
-            lr: learning rate of this step.
+            lr: learning rate of this step; that of experts is `expert_lr_ratio` times as large.
             sums: float64 CPU vector to be summed over ranks in the collective that the norm needs anyway.
         """
         experts = [gradient_of(p) for p in self.experts.parameters()]
@@ -120,7 +120,7 @@ class Engine(ABC):
             _scale(experts, factor)
             _scale(dense.tensors, factor * dense.unit)
             self._update_dense(lr)
-            self.experts.step(lr)
+            self.experts.step(lr * self.config.expert_lr_ratio)
             self.updates += 1
             self.copies.send_weights()
         for p in self.experts.parameters():

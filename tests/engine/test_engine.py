@@ -64,6 +64,21 @@ def test_clipped_steps_equal_one_process(clip):
     assert union.keys() == weights.keys() and norms[0] > 1e-3
 
 
+def test_experts_may_have_a_learning_rate_of_their_own():
+    """One plain step, of a tenth of the size for experts."""
+    ids, changes = torch.arange(12).view(2, 6), []
+    for ratio in (1.0, 0.1):
+        engine = engine_of(World(), [4], optimizer="sgd", clip=0, expert_lr_ratio=ratio)
+        before = {name: t.clone() for name, t in engine.model.named_state().items()}
+        engine.backward(engine.model(Batch(ids, ids, 0))[0].pow(3).sum())
+        engine.step(0.1, torch.zeros(1, dtype=torch.float64))
+        changes.append({name: t - before[name] for name, t in engine.model.named_state().items()})
+    whole, part = changes
+    for name, change in whole.items():
+        torch.testing.assert_close(part[name], change * (0.1 if ".experts." in name else 1.0), rtol=1e-9, atol=1e-12)
+    assert any(change.any() for name, change in whole.items() if ".experts." in name)
+
+
 def test_norm_is_over_dense_and_expert_gradients():
     engine = engine_of(World(), [4])
     ids = torch.arange(12).view(2, 6)
