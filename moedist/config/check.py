@@ -20,6 +20,7 @@ CHOICES = {
     "train.optimizer": ("adamw", "sgd"),
     "placement.planner": ("measured", "equal"),
     "world.transport": ("auto", "torchdist", "mpi", "islands"),
+    "world.link_test": ("auto", True, False),
     "dispatch.dedup": ("auto", "none", "rank", "island"),
     "dispatch.cross_dtype": (None, "bfloat16", "int8"),
     "dispatch.cross_dtype_backward": (None, "bfloat16", "int8"),
