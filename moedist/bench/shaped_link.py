@@ -18,6 +18,7 @@ from moedist.errors import MoedistError
 
 TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv")
 DEVICE = "link0"
+PORT = 29500  # of rank 0's store: in a namespace of its own nothing else has it
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 LEAST_BURST = 16 * 2**10  # bytes that may go at once; less than a millisecond's, and no rate is reached
 READY_S, END_S = 5.0, 10.0
@@ -72,10 +73,10 @@ class ShapedLink:
         self._inside(end, "tc", "qdisc", "replace", "dev", DEVICE, "root", "tbf", "rate", f"{int(bits_per_s)}bit", "burst",
                      str(burst), "latency", "50ms")
 
-    def start(self, end: int, command: Sequence[str], rank: int, size: int, port: int, **options) -> subprocess.Popen:
+    def start(self, end: int, command: Sequence[str], rank: int, size: int, **options) -> subprocess.Popen:
         """Start a rank in namespace `end`; rank 0 is in namespace 0. `options` as for `Popen`."""
         environment = {**(options.pop("env", None) or os.environ), "RANK": str(rank), "WORLD_SIZE": str(size),
-                       "LOCAL_RANK": "0", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(port), "MOEDIST_IFNAME": DEVICE}
+                       "LOCAL_RANK": "0", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "MOEDIST_IFNAME": DEVICE}
         process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *self._enter(end), *command], env=environment, **options)
         self._processes.append(process)
         return process

@@ -14,6 +14,8 @@ EXAMPLES = {
                         "  torchrun --nproc-per-node 2 -m moedist bench checkpoint --folder /scratch\n",
     "bench dispatch": "examples:\n  moedist bench dispatch --json dispatch.json     (starts mpirun here, on 2 and 4 ranks)\n"
                       "  srun --mpi=pmi2 -N 2 python -m moedist bench dispatch\n",
+    "bench link": "examples:\n  moedist bench link --json link.json     (as root: two namespaces and a link of 1 Gbit/s)\n"
+                  "  torchrun --nnodes 2 --nproc-per-node 1 ... -m moedist bench link     (over the link between two hosts)\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
 }
 
@@ -50,6 +52,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     dispatch.add_argument("--rounds", type=positive(int), default=20, help="timed rounds, MPI and gloo in turn")
     dispatch.add_argument("--json", help="write the figures to this file")
 
+    link = add_command(bench, "link", "training over a link of 1 Gbit/s: islands, dedup and int8 against plain rows",
+                       _bench_link, EXAMPLES["bench link"])
+    link.add_argument("--steps", type=positive(int), default=10, help="measured steps of each training (default 10)")
+    link.add_argument("--json", help="write the figures to this file")
+
     planner = add_command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,
                          EXAMPLES["bench planner"])
     planner.add_argument("--quick", action="store_true", help="a few small problems only")
@@ -78,6 +85,11 @@ def _bench_checkpoint(args: argparse.Namespace) -> None:
 def _bench_dispatch(args: argparse.Namespace) -> None:
     from moedist.bench.dispatch import bench_dispatch
     bench_dispatch(args.ranks, args.rounds, args.json)
+
+
+def _bench_link(args: argparse.Namespace) -> None:
+    from moedist.bench.slow_link import bench_slow_link
+    bench_slow_link(args.steps, args.json)
 
 
 def _bench_planner(args: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from moedist.bench.shaped_link import ShapedLink, lacking
 from tests.launching import ROOT, TINY, environment
-from tests.ranks import free_port
 
 TRAIN = ["train", "configs/quickstart.yaml", *TINY, "placement.counts=[4,4]", "phases=[{train: 2}]", "world.islands=[nv,amd]"]
 
@@ -23,8 +22,7 @@ def link():
 
 def run_both(link, cache, arguments):
     """(exit code, output) of both ranks."""
-    port = free_port()
-    ranks = [link.start(r, [sys.executable, "-m", "moedist", *arguments], r, 2, port, cwd=ROOT, env=environment(cache),
+    ranks = [link.start(r, [sys.executable, "-m", "moedist", *arguments], r, 2, cwd=ROOT, env=environment(cache),
                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
     texts = [rank.communicate(timeout=150)[0] for rank in ranks]
     return [(rank.returncode, text) for rank, text in zip(ranks, texts)]

@@ -73,7 +73,7 @@ def broken(world, islands, flips):
 @pytest.mark.parametrize("islands, flips, words", [
     ((0, 0, 1), (0, 2, torch.uint8, 3), "(island 0) -> rank 2 on"),  # on a link that is timed
     ((0, 0, 1), (1, 0, torch.bfloat16, 9), "(bfloat16: 1 of 32,768, the first at byte 9)"),  # inside an island, one dtype
-    ((), (2, 1, torch.int64, 4000), "of 7"),
+    ((), (2, 1, torch.int64, 4000), "(int64: 1 of 32,768, the first at byte 4,000)"),
 ], ids=str)
 def test_a_link_that_changes_bytes_is_named_on_every_rank(islands, flips, words):
     texts = run_ranks(3, broken, islands, flips)
