@@ -28,7 +28,7 @@ BITS_PER_S = 1e9
 # fine-grained experts: 8 of 32 narrow ones for a token, so that rows are wide against what is computed of them
 CONFIG: dict[str, Any] = {
     "name": "link", "data": {"tokenizer": "byte", "sequence_length": 128, "max_documents": 300},
-    "model": {"layers": 2, "width": 512, "heads": 8, "kv_heads": 2, "experts": 32, "top_k": 8, "expert_hidden": 64},
+    "model": {"layers": 2, "width": 512, "heads": 8, "kv_heads": 2, "experts": 32, "top_k": 8, "expert_hidden": 32},
     "train": {"batch": 16, "lr": 1e-4, "warmup_steps": 20, "eval_tokens": 128},
     "placement": {"planner": "equal", "replan_every": 0},
     "world": {"device": "cpu", "transport": "islands", "islands": [0, 1]},

@@ -46,10 +46,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     checkpoint.add_argument("--folder", help="write there (default: here); needs room for two checkpoints of 1.2 GB")
     checkpoint.add_argument("--json", help="write the figures to this file")
 
-    dispatch = add_command(bench, "dispatch", "rows between ranks by MPI against gloo, from 4 KiB to 16 MiB", _bench_dispatch,
+    dispatch = add_command(bench, "dispatch", "rows between ranks by MPI, gloo and over islands", _bench_dispatch,
                            EXAMPLES["bench dispatch"])
     dispatch.add_argument("--ranks", type=positive(int), nargs="+", default=[2, 4], help="ranks to start (default 2 4)")
-    dispatch.add_argument("--rounds", type=positive(int), default=20, help="timed rounds, MPI and gloo in turn")
+    dispatch.add_argument("--rounds", type=positive(int), default=20, help="timed rounds, all transports in turn")
+    dispatch.add_argument("--steps", type=not_negative(int), default=10,
+                          help="of each training over a link of 1 Gbit/s, see bench link (default 10; 0: none)")
     dispatch.add_argument("--json", help="write the figures to this file")
 
     link = add_command(bench, "link", "training over a link of 1 Gbit/s: islands, dedup and int8 against plain rows",
@@ -84,7 +86,7 @@ def _bench_checkpoint(args: argparse.Namespace) -> None:
 
 def _bench_dispatch(args: argparse.Namespace) -> None:
     from moedist.bench.dispatch import bench_dispatch
-    bench_dispatch(args.ranks, args.rounds, args.json)
+    bench_dispatch(args.ranks, args.rounds, args.steps, args.json)
 
 
 def _bench_link(args: argparse.Namespace) -> None:
