@@ -80,14 +80,14 @@ def test_a_link_that_changes_bytes_is_named_on_every_rank(islands, flips, words)
     assert len(set(texts)) == 1 and words in texts[0] and f"rank {flips[0]} on" in texts[0] and texts[0].count("->") == 1
 
 
-def tested_s(world, islands):
+def seconds_of_test(world, islands):
     world, start = on_islands(world, islands), time.process_time()
     facts = check_links(world, build_transport(world))
     return time.process_time() - start, [(f.source, f.target) for f in facts]
 
 
 def test_the_short_test_is_short_and_is_of_links_between_islands(capfd):
-    for seconds, links in run_ranks(4, tested_s, (0, 0, 1, 1)):
+    for seconds, links in run_ranks(4, seconds_of_test, (0, 0, 1, 1)):
         assert seconds < 1  # of the processor: others may have it meanwhile
         assert set(links) == {(a, b) for a in range(4) for b in range(4) if (a < 2) != (b < 2)}
 
