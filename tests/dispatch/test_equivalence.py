@@ -14,7 +14,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 FORMS = ("dense", "interp", "two", "cur", "interp dense two")
 
 
-def check_equals_one_process(case: Case, transport: str) -> None:
+def check_equals_one_process(case: Case, transport: str = "torchdist") -> None:
     alone = run_ranks(1, run_case, case.alone())[0]
     parts = run_ranks(len(case.sequences), run_case, case, transport=transport)
     torch.testing.assert_close(torch.cat([p.y for p in parts]), alone.y, **EXACT)
