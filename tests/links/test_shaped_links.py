@@ -1,6 +1,5 @@
 """Links that are really bad: two network namespaces, and a queue that is slow one way or drops large packets."""
 
-import os
 import subprocess
 import sys
 
@@ -8,14 +7,14 @@ import pytest
 
 from moedist.bench.shaped_link import ShapedLink, lacking
 from tests.launching import ROOT, TINY, environment
+from tests.ranks import needs
 
 TRAIN = ["train", "configs/quickstart.yaml", *TINY, "placement.counts=[4,4]", "phases=[{train: 2}]", "world.islands=[nv,amd]"]
 
 
 @pytest.fixture
 def link():
-    if reason := lacking():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    needs(lacking())
     with ShapedLink() as link:
         yield link
 
