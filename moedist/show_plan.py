@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Sequence
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def show_plan(config_path: str, overrides: Sequence[str], cluster_path: str | No
     else:
         with World.start(config.world) as world:
             check_config(config, world.size)
-            facts = tuple(probe(world, config, vocab, build_transport(world), speaker(world)))
+            facts = tuple(probe(world, config, vocab, build_transport(world), world.say))
             if not world.is_main:
                 return
         text, figures = _report(config, sizes, facts, kinds_of(facts), loads, f"this machine, {source}")
@@ -71,11 +71,6 @@ def show_plan(config_path: str, overrides: Sequence[str], cluster_path: str | No
     if json_path:
         with open(json_path, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=1)
-
-
-def speaker(world: World) -> Callable[[str], None]:
-    """Prints on rank 0, is silent elsewhere."""
-    return print if world.is_main else lambda text: None
 
 
 def refuse_missing_folder(*paths: str | None) -> None:

@@ -13,7 +13,7 @@ from moedist.coordinator.probe import probe
 from moedist.coordinator.probe_table import describe, describe_calls
 from moedist.coordinator.sizes import likely_vocab
 from moedist.dispatch import build_transport
-from moedist.show_plan import refuse_missing_folder, speaker
+from moedist.show_plan import refuse_missing_folder
 from moedist.world import World
 
 
@@ -31,7 +31,7 @@ def show_probe(config_path: str, overrides: Sequence[str], yaml_path: str | None
     config = load_config(config_path, overrides)
     with World.start(config.world) as world:
         check_config(config, world.size)
-        say, start = speaker(world), time.perf_counter()
+        say, start = world.say, time.perf_counter()
         facts = probe(world, config, likely_vocab(config), build_transport(world), say)
         if world.is_main:
             found = cluster_yaml(kinds_of(facts), f"measured by: moedist probe {' '.join([config_path, *overrides])}")

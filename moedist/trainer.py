@@ -19,6 +19,7 @@ from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
 from moedist.dispatch import build_transport, describe_ways
 from moedist.engine import build_engine, check_deepspeed
 from moedist.errors import CheckpointError, DataError
+from moedist.links import check_links, link_test_wanted
 from moedist.model import Transformer
 from moedist.monitor import Recorder
 from moedist.phases import PHASES, Run, check_methods
@@ -56,8 +57,10 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     if dropped:
         notice = "; ".join([*([notice] if notice else []), f"left out, being for {meta['world_size']} ranks: {', '.join(dropped)}"])
     with World.start(config.world) as world:
-        if notice and world.is_main:
-            print(notice, flush=True)
+        if notice:
+            world.say(notice)
+        if link_test_wanted(world, config.world.link_test):
+            check_links(world, build_transport(world))
         run = resumed_run(config, world, folder) if folder else build_run(config, world, written)
         run.signals.listen()
         run.recorder.say(_describe(run))
@@ -162,10 +165,6 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
         CheckpointError: the checkpoint is of other text, or damaged.
         DataError: there is nothing to validate on.
     """
-    def say(text: str) -> None:  # before there is a recorder
-        if world.is_main:
-            print(text, flush=True)
-
     corpus = prepare_corpus(config.data)
     world.refuse_unequal("training text", corpus.digest, "check that data.path holds the same files everywhere")
     if meta and meta["corpus"] != corpus.digest:
@@ -178,7 +177,7 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
     transport, vocab = build_transport(world), corpus.tokenizer.vocab_size
     world.meter.begin(meta["progress"]["step"] if meta else 0)  # a declared slow-down is that of the step it goes on from
     forms = forms_of(checkpoint) if checkpoint else None
-    plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say, forms)
+    plan, coordinator = start_plan(config, world, transport, vocab, written, meta, world.say, forms)  # there is no recorder yet
     model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter, forms)
     engine = build_engine(model, config, world)
     progress = Progress()

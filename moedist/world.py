@@ -141,6 +141,7 @@ class World:
     control: Any = None  # gloo group; None in a world of one
     native: Any = None  # nccl/xccl group where all ranks share one vendor, else None
     mpi: Any = None  # MPI communicator of all ranks, where MPI is up
+    store: Any = None  # key-value store that the ranks have met at; None in a world of one
     transport: str = "local"  # what carries rows between ranks: local, torchdist, mpi or islands
     carrier: str = "local"  # the same; where islands do, what carries rows between islands
     transport_why: str = "one rank"  # why that carrier
@@ -173,17 +174,17 @@ class World:
         else:
             torch.accelerator.set_device_index(device.index or 0)
         slowdown = {step: factors[launch.rank] for step, factors in (config.slowdown or {}).items()}
-        world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device, mpi=mpi, timeout_s=config.timeout_s,
-                    meter=Meter(Throttle(slowdown, device), device))
+        world = cls(launch.rank, launch.size, launch.local_rank, launch.launcher, device, mpi=mpi, store=store,
+                    timeout_s=config.timeout_s, meter=Meter(Throttle(slowdown, device), device))
         if launch.size > 1:
-            world._connect(config, store, life, no_mpi)
+            world._connect(config, life, no_mpi)
         return world
 
-    def _connect(self, config: WorldConfig, store: Any, life: str, no_mpi: str) -> None:
+    def _connect(self, config: WorldConfig, life: str, no_mpi: str) -> None:
         timeout = timedelta(seconds=self.timeout_s)
         here = Peer.here()
         try:
-            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise WorldError(f"rank {self.rank} on {here.host} has met the others but cannot connect to all of them "
                              f"({str(error).splitlines()[0]}); set MOEDIST_IFNAME to an interface that all hosts "
@@ -235,6 +236,11 @@ class World:
     def vendor(self) -> str:
         return vendor_of(self.device)
 
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
     def __enter__(self) -> "World":
         return self
 
@@ -250,7 +256,7 @@ class World:
             dist.destroy_process_group()
         if self.mpi is not None and all_ranks:
             finish_mpi()
-        self.control = self.native = self.groups = self.mpi = None
+        self.control = self.native = self.groups = self.mpi = self.store = None
 
     def barrier(self) -> None:
         if self.size > 1:

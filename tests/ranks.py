@@ -36,6 +36,12 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def needs(lacking: str) -> None:
+    """Skip the test where something is lacking here, fail it under CI=true; `lacking` says what, in words."""
+    if lacking:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(lacking)
+
+
 @functools.lru_cache(maxsize=None)
 def mpirun(ranks: int) -> tuple[str, ...]:
     """How this machine's MPI starts so many processes; skips the test where there is no MPI, fails it under CI=true."""

@@ -1,13 +1,14 @@
-"""`moedist bench dispatch`: rows by MPI against rows by gloo, as dispatch sends them, on ranks of this machine or of a job.
+"""`moedist bench dispatch`: rows by MPI, by gloo and over islands, as dispatch sends them, on ranks of this machine or of a job.
 
-Both carry the same rows through the same interface, in turn within one run, and what arrives is compared with what was sent
+All carry the same rows through the same interface, in turn within one run, and what arrives is compared with what was sent
 before and after the timing. A round is some exchanges in a row, each timed by itself: on a machine with other work, most of
-them then pass undisturbed, whichever of the two ways is timed. An exchange lasts as long as on its slowest rank.
+them then pass undisturbed, whichever of the ways is timed. An exchange lasts as long as on its slowest rank. Islands are the
+two halves of the ranks, gloo inside and MPI between. What sharing rows between islands saves is then counted, and a training
+over a slow link measured (`slow_link`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -19,7 +20,10 @@ from typing import Sequence
 
 import torch
 
-from moedist.bench.figures import write_figures
+from moedist.bench.dedup_count import Saved, measure_saved
+from moedist.bench.figures import read_figures, write_figures
+from moedist.bench.slow_link import bench_slow_link
+from moedist.bench.split_islands import split_in_two
 from moedist.config import WorldConfig
 from moedist.dispatch import TorchDistTransport, Transport, build_transport
 from moedist.errors import MoedistError
@@ -32,6 +36,7 @@ SIZES = {"4KiB": 2**12, "64KiB": 2**16, "1MiB": 2**20, "16MiB": 2**24}  # that a
 IN_A_ROW = {"4KiB": 200, "64KiB": 200, "1MiB": 30, "16MiB": 3}  # so long that the system has put every rank on a core
 ROW = 16  # int32
 WARMUP = 3
+DEDUP_K = (2, 8)
 
 
 class Payload:
@@ -68,24 +73,32 @@ class Payload:
             raise MoedistError(f"{name} brought rank {self._rank} other rows than were sent to it")
 
 
-def bench_dispatch(ranks: Sequence[int], rounds: int, json_path: str | None) -> dict[str, float]:
+def bench_dispatch(ranks: Sequence[int], rounds: int, steps: int, json_path: str | None) -> dict[str, float]:
     """Measure and print; starts mpirun on this machine for each of `ranks`, unless it runs under a launcher.
 
+    Args:
+        steps: of each training over a slow link, which is not done under a launcher; 0: it is not done.
+
     Returns:
-        `dispatch.mpi_over_gloo.{size}` (speed) on two ranks, with `.rN` before the size on N, and microseconds of both.
+        `dispatch.mpi_over_gloo.{size}` and `dispatch.islands_over_gloo.{size}` (speed) on two ranks, with `.rN` before the size
+        on N; microseconds of all; `dispatch.dedup.kK.saved_fraction` of the bytes between islands; those of `bench_slow_link`.
 
     Raises:
         MoedistError: no mpirun, ranks failed, or wrong rows arrived.
     """
     if find_launch().size == 1:
         figures = {name: value for n in ranks for name, value in _start_ranks(n, rounds).items()}
+        if steps:
+            figures |= bench_slow_link(steps, None)
         write_figures(figures, json_path)
         return figures
     with World.start(WorldConfig(device="cpu", transport="mpi")) as world:
-        seconds = _measure(world, {"gloo": TorchDistTransport(world), "mpi": build_transport(world)}, rounds)
-        figures = _figures(world.size, seconds)
+        sides = {"gloo": TorchDistTransport(world), "mpi": build_transport(world), "islands": split_in_two(world)}
+        seconds = _measure(world, sides, rounds)
+        saved = [measure_saved(world, sides["islands"], top_k) for top_k in DEDUP_K]
+        figures = _figures(world.size, seconds, saved)
         if world.is_main:
-            _show(world.size, seconds, rounds)
+            _show(world.size, seconds, saved, rounds)
             for name, value in figures.items():
                 print(f"  {name} {value:.3g}")
             write_figures(figures, json_path)
@@ -99,7 +112,7 @@ def _start_ranks(ranks: int, rounds: int) -> dict[str, float]:
                                "--json", str(path)], check=False, env={"OMP_NUM_THREADS": "1", **os.environ})
         if done.returncode:
             raise MoedistError(f"mpirun's {ranks} ranks ended with exit code {done.returncode}; what they said stands above")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_figures(str(path))
 
 
 def _measure(world: World, sides: dict[str, Transport], rounds: int) -> dict[str, dict[str, float]]:
@@ -109,7 +122,8 @@ def _measure(world: World, sides: dict[str, Transport], rounds: int) -> dict[str
         payload = Payload(world, nbytes)
         mine: dict[str, list[float]] = {name: [] for name in sides}
         for i in range(WARMUP + rounds):
-            for name in sorted(sides, reverse=bool(i % 2)):
+            shift = i % len(sides)
+            for name in [*sides][shift:] + [*sides][:shift]:  # no one always runs after the same neighbour
                 if i == 0:
                     payload.check(name, sides[name])
                 seconds = _round(world, payload, sides[name], IN_A_ROW[size])
@@ -131,16 +145,21 @@ def _round(world: World, payload: Payload, transport: Transport, times: int) -> 
     return [after - before for before, after in zip(stamps, stamps[1:])]
 
 
-def _figures(ranks: int, seconds: dict[str, dict[str, float]]) -> dict[str, float]:
+def _figures(ranks: int, seconds: dict[str, dict[str, float]], saved: Sequence[Saved]) -> dict[str, float]:
     prefix = "" if ranks == 2 else f"r{ranks}."
-    figures = {f"dispatch.mpi_over_gloo.{prefix}{size}": s["gloo"] / s["mpi"] for size, s in seconds.items()}
-    return figures | {f"dispatch.{name}_us.{prefix}{size}": 1e6 * value
-                      for size, s in seconds.items() for name, value in s.items()}
+    figures = {f"dispatch.{name}_over_gloo.{prefix}{size}": s["gloo"] / s[name]
+               for name in ("mpi", "islands") for size, s in seconds.items()}
+    figures |= {f"dispatch.{name}_us.{prefix}{size}": 1e6 * value
+                for size, s in seconds.items() for name, value in s.items()}
+    return figures | {f"dispatch.dedup.{prefix}k{of.top_k}.saved_fraction": of.saved / of.bytes_plain for of in saved}
 
 
-def _show(ranks: int, seconds: dict[str, dict[str, float]], rounds: int) -> None:
+def _show(ranks: int, seconds: dict[str, dict[str, float]], saved: Sequence[Saved], rounds: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"\n{ranks} ranks, {cores} cores here; medians over {rounds} rounds, both in turn, arrivals checked")
-    print(table(["bytes a rank sends", "gloo us", "MPI us", "MPI over gloo"],
-                [[size, f"{1e6 * s['gloo']:,.0f}", f"{1e6 * s['mpi']:,.0f}", f"{s['gloo'] / s['mpi']:.2f}"]
-                 for size, s in seconds.items()]))
+    print(f"\n{ranks} ranks, {cores} cores here; medians over {rounds} rounds, all in turn, arrivals checked")
+    print(table(["bytes a rank sends", "gloo us", "MPI us", "islands us", "MPI over gloo", "islands over gloo"],
+                [[size, *(f"{1e6 * s[name]:,.0f}" for name in ("gloo", "mpi", "islands")),
+                  *(f"{s['gloo'] / s[name]:.2f}" for name in ("mpi", "islands"))] for size, s in seconds.items()]))
+    for of in saved:
+        print(f"{of.top_k} experts a token: between islands {of.rows_plain:,} rows, {of.rows:,} where a row goes once to an "
+              f"island; {of.saved:,} of {of.bytes_plain:,} bytes saved, as counted from the routing")

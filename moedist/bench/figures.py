@@ -11,3 +11,9 @@ def write_figures(figures: Mapping[str, float], path: str | None) -> None:
     if path:
         with open(path, "w", encoding="utf-8") as file:
             json.dump(dict(figures), file, indent=1)
+
+
+def read_figures(path: str) -> dict[str, float]:
+    """What `write_figures` wrote."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

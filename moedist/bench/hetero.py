@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moedist.bench.figures import write_figures
+from moedist.bench.sides import Side
 from moedist.checkpoint import read_meta
 from moedist.config import config_from_dict
 from moedist.coordinator import written_plan
@@ -40,29 +40,6 @@ CONFIG: dict[str, Any] = {
     "monitor": {"wandb": "disabled"},
 }
 BLOCK = 5  # steps of one training before the other goes on
-
-
-@dataclass
-class Side:
-    """One of the two trainings and what was seen of it, step by step."""
-
-    run: Run
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    reports: list[StepReport] = field(default_factory=list)
-
-    def step(self, world: World, measured: bool) -> None:
-        world.barrier()
-        start = time.perf_counter()
-        report = train_step(self.run)
-        world.barrier()
-        elapsed = time.perf_counter() - start
-        tokens = self.run.config.train.batch * self.run.config.data.sequence_length
-        self.losses.append(report.sums["loss"] / tokens)
-        if measured:
-            self.seconds.append(elapsed)
-            self.reports.append(report)
-        self.run.replan(report.loads, report.ranks, bool(report.sums["plan"]))
 
 
 def bench_hetero(settle: int, warmup: int, steps: int, json_path: str | None) -> dict[str, float]:

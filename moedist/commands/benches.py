@@ -14,6 +14,8 @@ EXAMPLES = {
                         "  torchrun --nproc-per-node 2 -m moedist bench checkpoint --folder /scratch\n",
     "bench dispatch": "examples:\n  moedist bench dispatch --json dispatch.json     (starts mpirun here, on 2 and 4 ranks)\n"
                       "  srun --mpi=pmi2 -N 2 python -m moedist bench dispatch\n",
+    "bench link": "examples:\n  moedist bench link --json link.json     (as root: two namespaces and a link of 1 Gbit/s)\n"
+                  "  torchrun --nnodes 2 --nproc-per-node 1 ... -m moedist bench link     (over the link between two hosts)\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
 }
 
@@ -44,11 +46,18 @@ def add(commands: argparse._SubParsersAction) -> None:
     checkpoint.add_argument("--folder", help="write there (default: here); needs room for two checkpoints of 1.2 GB")
     checkpoint.add_argument("--json", help="write the figures to this file")
 
-    dispatch = add_command(bench, "dispatch", "rows between ranks by MPI against gloo, from 4 KiB to 16 MiB", _bench_dispatch,
+    dispatch = add_command(bench, "dispatch", "rows between ranks by MPI, gloo and over islands", _bench_dispatch,
                            EXAMPLES["bench dispatch"])
     dispatch.add_argument("--ranks", type=positive(int), nargs="+", default=[2, 4], help="ranks to start (default 2 4)")
-    dispatch.add_argument("--rounds", type=positive(int), default=20, help="timed rounds, MPI and gloo in turn")
+    dispatch.add_argument("--rounds", type=positive(int), default=20, help="timed rounds, all transports in turn")
+    dispatch.add_argument("--steps", type=not_negative(int), default=10,
+                          help="of each training over a link of 1 Gbit/s, see bench link (default 10; 0: none)")
     dispatch.add_argument("--json", help="write the figures to this file")
+
+    link = add_command(bench, "link", "training over a link of 1 Gbit/s: islands, dedup and int8 against plain rows",
+                       _bench_link, EXAMPLES["bench link"])
+    link.add_argument("--steps", type=positive(int), default=10, help="measured steps of each training (default 10)")
+    link.add_argument("--json", help="write the figures to this file")
 
     planner = add_command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,
                          EXAMPLES["bench planner"])
@@ -77,7 +86,12 @@ def _bench_checkpoint(args: argparse.Namespace) -> None:
 
 def _bench_dispatch(args: argparse.Namespace) -> None:
     from moedist.bench.dispatch import bench_dispatch
-    bench_dispatch(args.ranks, args.rounds, args.json)
+    bench_dispatch(args.ranks, args.rounds, args.steps, args.json)
+
+
+def _bench_link(args: argparse.Namespace) -> None:
+    from moedist.bench.slow_link import bench_slow_link
+    bench_slow_link(args.steps, args.json)
 
 
 def _bench_planner(args: argparse.Namespace) -> None:

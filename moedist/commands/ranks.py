@@ -10,6 +10,7 @@ EXAMPLES = {
     "probe": """examples:
   moedist probe configs/quickstart.yaml --json ranks.json                (one rank)
   torchrun --nproc-per-node 2 -m moedist probe configs/quickstart.yaml --yaml cluster.yaml
+  torchrun --nproc-per-node 4 -m moedist probe configs/quickstart.yaml --links 'world.islands=[0,0,1,1]'
   moedist plan configs/quickstart.yaml --cluster cluster.yaml            (then: ask what a larger cluster would do)
 """,
     "plan": """examples:
@@ -24,8 +25,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     probe = add_command(commands, "probe", "measure the ranks: speeds, links, memory", _probe, EXAMPLES["probe"])
     probe.add_argument("config", help="YAML file; shapes and dtype are what it says")
     probe.add_argument("overrides", nargs="*", help="section.key=value")
+    probe.add_argument("--links", action="store_true",
+                       help="instead: send known bytes over the links between ranks, both ways, and name broken or slow ones")
     probe.add_argument("--yaml", help="write what was measured as a cluster file, for moedist plan --cluster")
-    probe.add_argument("--json", help="write what was measured of every rank to this file")
+    probe.add_argument("--json", help="write what was measured of every rank (or link) to this file")
 
     plan = add_command(commands, "plan", "show a placement and why, for this machine or a cluster that is not here", _plan,
                        EXAMPLES["plan"])
@@ -40,6 +43,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _probe(args: argparse.Namespace) -> None:
+    if args.links:
+        from moedist.show_links import show_links
+        show_links(args.config, args.overrides, args.json)
+        return
     from moedist.show_probe import show_probe
     show_probe(args.config, args.overrides, args.yaml, args.json)
 

@@ -21,6 +21,7 @@ CHOICES = {
     "placement.planner": ("measured", "equal"),
     "placement.experts_in_every_island": ("auto", True, False),
     "world.transport": ("auto", "torchdist", "mpi", "islands"),
+    "world.link_test": ("auto", True, False),
     "dispatch.dedup": ("auto", "none", "rank", "island"),
     "dispatch.cross_dtype": (None, "bfloat16", "int8"),
     "dispatch.cross_dtype_backward": (None, "bfloat16", "int8"),

@@ -34,6 +34,8 @@ class WorldConfig:
     rendezvous_timeout_s: float = key(120.0, "seconds that the ranks have to find each other at the start")
     islands: Optional[list[Any]] = key(None, "island of every rank, such as [0, 0, 1, 1] or [nvidia, nvidia, amd, amd]: ranks "
                                              "that share a collective library (null: one island a vendor)")
+    link_test: Any = key("auto", "test the links between ranks before a training, which takes a fraction of a second: true, "
+                                 "false or auto (where there are several islands, or MPI carries rows)")
     slowdown: Optional[dict[int, list[float]]] = key(None, "step -> how many times slower each rank computes from then on, "
                                                            "such as {0: [4, 8, 16, 32]}: a laptop plays an uneven cluster "
                                                            "(null: not at all)")

@@ -36,6 +36,14 @@ def test_equals_one_process(islands, dedup):
                                           sharing=shared(mode, dedup)))
 
 
+@pytest.mark.parametrize("dedup", ["none", "rank", "island"])
+@pytest.mark.parametrize("islands", SEVERAL, ids=str)
+def test_equals_one_process_with_mpi_between_islands(islands, dedup):
+    for mode, top_k, owners in zip(MODES, (1, 2, 8), (COPIES, SINGLE, COPIES)):
+        check_equals_one_process(Case(owners, (2, 0, 3, 1), top_k=top_k, sequence=4, islands=islands,
+                                      sharing=shared(mode, dedup)), "mpi")
+
+
 @st.composite
 def ways(draw) -> Case:
     """Any router, owner map and islands, on two to four ranks."""
@@ -47,10 +55,14 @@ def ways(draw) -> Case:
     return Case(**{**case.__dict__, "islands": draw(st.sampled_from(islands)), "sharing": sharing})
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(ways())
-def test_any_router_and_placement_equals_one_process(case):
-    check_equals_one_process(case)
+@pytest.mark.parametrize("transport, examples", [("torchdist", 30), ("mpi", 10)])
+def test_any_router_and_placement_equals_one_process(transport, examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(ways())
+    def check(case):
+        check_equals_one_process(case, transport)
+
+    check()
 
 
 def test_no_tokens_anywhere():
