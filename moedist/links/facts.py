@@ -90,8 +90,8 @@ def uneven_links(facts: Sequence[LinkFacts]) -> list[str]:
         nbytes = max(slow.seconds)
         if quick.bytes_per_s > UNEVEN * slow.bytes_per_s and min(slow.seconds[nbytes]) > max(quick.seconds[nbytes]):
             found.append(f"{slow.of_source} -> {slow.of_target} carries {megabytes(slow)} MB/s, the other way "
-                         f"{megabytes(quick)} ({quick.bytes_per_s / slow.bytes_per_s:.1f} times as much): every exchange waits "
-                         "for the slower one; look at the adapters' negotiated speed and duplex, at rate limits, and at what "
+                         f"{megabytes(quick)} ({quick.bytes_per_s / slow.bytes_per_s:.1f} times as much): every exchange "
+                         "waits for the slower one; look at the adapters' negotiated speed and duplex, at rate limits, and at what "
                          "else sends there")
     return found
 
