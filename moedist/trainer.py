@@ -177,7 +177,8 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
     transport, vocab = build_transport(world), corpus.tokenizer.vocab_size
     world.meter.begin(meta["progress"]["step"] if meta else 0)  # a declared slow-down is that of the step it goes on from
     forms = forms_of(checkpoint) if checkpoint else None
-    plan, coordinator = start_plan(config, world, transport, vocab, written, meta, world.say, forms)  # there is no recorder yet
+    # there is no recorder yet that could say it
+    plan, coordinator = start_plan(config, world, transport, vocab, written, meta, world.say, forms)
     model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter, forms)
     engine = build_engine(model, config, world)
     progress = Progress()

@@ -1,4 +1,4 @@
-"""`moedist bench dispatch`: rows by MPI, by gloo and over islands, as dispatch sends them, on ranks of this machine or of a job.
+"""`moedist bench dispatch`: rows by MPI, gloo and over islands, as dispatch sends them, on ranks of this machine or a job.
 
 All carry the same rows through the same interface, in turn within one run, and what arrives is compared with what was sent
 before and after the timing. A round is some exchanges in a row, each timed by itself: on a machine with other work, most of
@@ -80,8 +80,9 @@ def bench_dispatch(ranks: Sequence[int], rounds: int, steps: int, json_path: str
         steps: of each training over a slow link, which is not done under a launcher; 0: it is not done.
 
     Returns:
-        `dispatch.mpi_over_gloo.{size}` and `dispatch.islands_over_gloo.{size}` (speed) on two ranks, with `.rN` before the size
-        on N; microseconds of all; `dispatch.dedup.kK.saved_fraction` of the bytes between islands; those of `bench_slow_link`.
+        `dispatch.mpi_over_gloo.{size}` and `dispatch.islands_over_gloo.{size}` (speed) on two ranks, with `.rN` before the
+        size on N; microseconds of all; `dispatch.dedup.kK.saved_fraction` of the bytes between islands; those of
+        `bench_slow_link`.
 
     Raises:
         MoedistError: no mpirun, ranks failed, or wrong rows arrived.

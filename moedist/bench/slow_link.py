@@ -119,7 +119,7 @@ def _show(sides: dict[str, Side], figures: dict[str, float]) -> None:
         step = figures[f"{PREFIX}.{name}_step_ms"]
         rows.append([name, *(f"{ms:,.0f}" for ms in (step, experts, dense, rows_wait, step - experts - dense - rows_wait)),
                      f"{_row_bytes(side) / 1e6:.1f}", f"{side.losses[-1]:.4f}"])
-    print(table(["rows", "step ms", "experts", "other compute", "wait for rows", "counts, gradients, other rank", "MB of rows sent",
-                 "last loss"], rows))
+    print(table(["rows", "step ms", "experts", "other compute", "wait for rows", "counts, gradients, other rank",
+                 "MB of rows sent", "last loss"], rows))
     for name, value in figures.items():
         print(f"  {name} {value:.3g}")

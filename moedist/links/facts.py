@@ -58,8 +58,8 @@ class LinkFacts:
 def describe_wrong(facts: LinkFacts) -> str:
     """One line for a direction on which bytes changed."""
     worst = max(facts.wrong, key=lambda w: w.count / w.nbytes)
-    return (f"{facts.of_source} -> {facts.of_target}: of {facts.checked:,} bytes {facts.wrong_count:,} arrived other than they "
-            f"were sent ({worst.dtype}: {worst.count:,} of {worst.nbytes:,}, the first at byte {worst.first:,})")
+    return (f"{facts.of_source} -> {facts.of_target}: of {facts.checked:,} bytes {facts.wrong_count:,} arrived other than "
+            f"they were sent ({worst.dtype}: {worst.count:,} of {worst.nbytes:,}, the first at byte {worst.first:,})")
 
 
 def wrong_text(broken: Sequence[LinkFacts]) -> str:
@@ -73,8 +73,8 @@ def stuck_text(source: str, target: str, nbytes: int, smaller: int, why: str) ->
     """What to say, and do, where rows do not arrive. `smaller`: bytes of an exchange that did; 0: none did."""
     hint = (f"; {smaller:,} bytes did, so see that large packets pass: the same MTU on both hosts and all switches between "
             "(ip link)") if smaller else ""
-    return (f"{nbytes:,} bytes {source} -> {target} did not arrive ({why}){hint}; look at that link and the firewalls on it, or "
-            f"take another network (world.interface, MOEDIST_IFNAME); {WAYS}")
+    return (f"{nbytes:,} bytes {source} -> {target} did not arrive ({why}){hint}; look at that link and the firewalls on it, "
+            f"or take another network (world.interface, MOEDIST_IFNAME); {WAYS}")
 
 
 def uneven_links(facts: Sequence[LinkFacts]) -> list[str]:
@@ -89,15 +89,21 @@ def uneven_links(facts: Sequence[LinkFacts]) -> list[str]:
         slow, quick = sorted((there, back), key=lambda f: f.bytes_per_s)
         nbytes = max(slow.seconds)
         if quick.bytes_per_s > UNEVEN * slow.bytes_per_s and min(slow.seconds[nbytes]) > max(quick.seconds[nbytes]):
-            found.append(f"{slow.of_source} -> {slow.of_target} carries {megabytes(slow)} MB/s, the other way {megabytes(quick)} "
-                         f"({quick.bytes_per_s / slow.bytes_per_s:.1f} times as much): every exchange waits for the slower one; "
-                         "look at the adapters' negotiated speed and duplex, at rate limits, and at what else sends there")
+            found.append(f"{slow.of_source} -> {slow.of_target} carries {megabytes(slow)} MB/s, the other way "
+                         f"{megabytes(quick)} ({quick.bytes_per_s / slow.bytes_per_s:.1f} times as much): every exchange "
+                         "waits for the slower one; look at the adapters' negotiated speed and duplex, at rate limits, and at what "
+                         "else sends there")
     return found
 
 
 def megabytes(facts: LinkFacts) -> str:
-    """MB/s, with more digits where they are few."""
-    value = facts.bytes_per_s / 1e6
+    """Its speed, see `speed_text`."""
+    return speed_text(facts.bytes_per_s)
+
+
+def speed_text(bytes_per_s: float) -> str:
+    """MB/s, with digits after the point where they are few."""
+    value = bytes_per_s / 1e6
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 

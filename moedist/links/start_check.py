@@ -41,6 +41,6 @@ def check_links(world: World, transport: Transport, patience_s: float = PATIENCE
         for line in uneven_links(measure_links(world, transport, suspects, AGAIN, patience_s)):
             world.say(f"warning: {line}")
     speeds = sorted(facts, key=lambda f: f.bytes_per_s)
-    world.say(f"links {'between islands ' if several else ''}tested in {time.perf_counter() - start:.2f} s: all bytes arrive as they "
-        f"were sent, {megabytes(speeds[0])} to {megabytes(speeds[-1])} MB/s one way on {len(pairs)} of them")
+    world.say(f"links {'between islands ' if several else ''}tested in {time.perf_counter() - start:.2f} s: all bytes arrive "
+        f"as they were sent, {megabytes(speeds[0])} to {megabytes(speeds[-1])} MB/s one way on {len(pairs)} of them")
     return facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Sequence
 
-from moedist.links.facts import LinkFacts
+from moedist.links.facts import LinkFacts, speed_text
 from moedist.monitor.table import table
 
 
@@ -16,17 +16,12 @@ def describe(facts: Sequence[LinkFacts], islands: Sequence[int], hosts: Sequence
         cells = [f"{1e6 * f.latency_s:,.0f}" if f.seconds else ""]
         for nbytes in sizes[1:]:
             times = sorted(f.seconds.get(nbytes, []))
-            cells += [_speed(nbytes, times[len(times) // 2]) if times else "",
-                      f"{_speed(nbytes, times[-1])}-{_speed(nbytes, times[0])}" if times else ""]
+            cells += [speed_text(nbytes / times[len(times) // 2]) if times else "",
+                      f"{speed_text(nbytes / times[-1])}-{speed_text(nbytes / times[0])}" if times else ""]
         rows.append([f.source, f.target, *(f"{of[f.source]} -> {of[f.target]}" for of in (islands, hosts)), *cells,
                      f"{f.checked / 2**20:,.1f}", f"{f.wrong_count:,}"])
     speeds = [cell for nbytes in sizes[1:] for cell in (f"MB/s at {_size(nbytes)}", "range")]
     return table(["from", "to", "islands", "hosts", f"us at {_size(sizes[0])}", *speeds, "MiB checked", "wrong bytes"], rows)
-
-
-def _speed(nbytes: int, seconds: float) -> str:
-    value = nbytes / seconds / 1e6
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _size(nbytes: int) -> str:

@@ -208,8 +208,8 @@ def _agree(world: World, stuck: Optional[_Stuck], patience_s: float) -> dict[int
         if stuck is not None and stuck.error is not None:
             raise stuck.error
         silent = [r for r in range(world.size) if not store.check([f"here/{r}"])]
-        raise WorldError(f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))} did not come through the test "
-                         f"of links, nor say why, within {patience_s + LATE_S:g} s; {WAYS}") from error
+        raise WorldError(f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))} did not come through the "
+                         f"test of links, nor say why, within {patience_s + LATE_S:g} s; {WAYS}") from error
     return {r: _Stuck(*json.loads(store.get(f"stuck/{r}"))) for r in range(world.size) if store.check([f"stuck/{r}"])}
 
 

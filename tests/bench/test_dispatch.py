@@ -22,7 +22,8 @@ def test_it_starts_its_ranks_and_writes_the_figures(tmp_path, cache):
     mpirun(2)  # or skip
     path = tmp_path / "figures.json"
     done = subprocess.run([sys.executable, "-m", "moedist", "bench", "dispatch", "--ranks", "2", "--rounds", "1", "--steps",
-                           "0", "--json", str(path)], cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=120)
+                           "0", "--json", str(path)], cwd=ROOT, env=environment(cache), capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == 0, done.stderr
     figures = json.loads(path.read_text())
     assert {f"dispatch.mpi_over_gloo.{size}" for size in SIZES} < set(figures)

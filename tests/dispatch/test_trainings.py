@@ -76,7 +76,8 @@ def test_losses_over_islands_equal_those_of_a_plain_training(places, dispatch, m
         assert torch.equal(weight, found[0][1]), "dense weights are equal on all ranks to the bit"
 
 
-@pytest.mark.parametrize("islands, dispatch", [((), {}), (ISLANDS, {"dedup": "none", "overlap": False}), (ISLANDS, {})], ids=str)
+@pytest.mark.parametrize("islands, dispatch", [((), {}), (ISLANDS, {"dedup": "none", "overlap": False}), (ISLANDS, {})],
+                         ids=str)
 def test_losses_over_mpi_equal_those_of_a_plain_training(islands, dispatch):
     """Between all ranks, and between islands."""
     for losses, _ in run_ranks(3, train, islands, "single", dispatch, {}, transport="mpi"):

@@ -35,8 +35,8 @@ def test_wrong_bytes_are_told_with_where_and_what():
     facts = both_ways([0.01], [0.01])
     facts[0].checked, facts[0].wrong = 8192, [Wrong("float32", 4096, 1, 9), Wrong("int8", 4096, 3, 17)]
     text = wrong_text(facts[:1])
-    assert ("rank 0 on a -> rank 1 on b: of 8,192 bytes 4 arrived other than they were sent (int8: 3 of 4,096, the first at byte "
-            "17)") in text and "world.interface" in text
+    assert ("rank 0 on a -> rank 1 on b: of 8,192 bytes 4 arrived other than they were sent (int8: 3 of 4,096, the first at "
+            "byte 17)") in text and "world.interface" in text
     (told,) = json.loads(facts_to_json(facts[:1]))
     assert told["source"] == 0 and told["wrong"][1]["first"] == 17 and told["bytes_per_s"] == 1e8
 
