@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Optional, Sequence
 
 import torch
 
@@ -30,7 +30,7 @@ class IslandsTransport:
     def start(self, buffer: torch.Tensor, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> Pending:
         if buffer.device.type == "cpu" and getattr(self.native, "accelerated", False):
             return self.outer.start(buffer, send, receive, out)  # the accelerators' library takes no CPU tensors
-        sent, received = buffer.split(list(send)), out.split(list(receive))
+        sent, received = _Rows(buffer, send), _Rows(out, receive)
         outside = [None if r in self.members else r for r in range(self.world_size)]
         return _Both([_start(self.outer, sent, received, outside), _start(self.native, sent, received, self.members)])
 
@@ -47,6 +47,25 @@ class _Both:
             pending.wait()
 
 
+class _Rows:
+    """A buffer of rows of all ranks, one rank's after another."""
+
+    def __init__(self, buffer: torch.Tensor, lengths: Sequence[int]):
+        self.buffer, self.lengths = buffer, lengths
+        self.parts = buffer.split(list(lengths))
+
+    def whole(self, ranks: Sequence[int]) -> Optional[torch.Tensor]:
+        """The rows of these ranks (ascending) as a part of the buffer; None where those of others are between."""
+        with_rows = [r for r in ranks if self.lengths[r]]
+        if not with_rows:
+            return self.buffer[:0]
+        span = range(with_rows[0], with_rows[-1] + 1)
+        if any(self.lengths[r] for r in span if r not in with_rows):
+            return None
+        start = sum(self.lengths[:span.start])
+        return self.buffer[start:start + sum(self.lengths[r] for r in span)]
+
+
 class _Scattered:
     """An exchange whose rows are then copied to where they belong."""
 
@@ -59,11 +78,14 @@ class _Scattered:
             part.copy_(rows)
 
 
-def _start(transport: Transport, sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor],
-           ranks: Sequence[int | None]) -> Pending:
+def _start(transport: Transport, sent: _Rows, received: _Rows, ranks: Sequence[int | None]) -> Pending:
     """Exchange rows of some ranks; `ranks` are the transport's, as the world numbers them, None: nothing goes there."""
-    send, receive = ([0 if r is None else len(parts[r]) for r in ranks] for parts in (sent, received))
-    buffer = torch.cat([sent[r] for r in ranks if r is not None] or [sent[0][:0]])
-    out = buffer.new_empty(sum(receive), *buffer.shape[1:])
-    parts = [received[r] for r in ranks if r is not None]
-    return _Scattered(transport.start(buffer, send, receive, out), out, parts)
+    send, receive = ([0 if r is None else rows.lengths[r] for r in ranks] for rows in (sent, received))
+    there = [r for r in ranks if r is not None]
+    buffer, out = sent.whole(there), received.whole(there)
+    if buffer is None:
+        buffer = torch.cat([sent.parts[r] for r in there])
+    if out is not None:
+        return transport.start(buffer, send, receive, out)
+    out = received.buffer.new_empty(sum(receive), *received.buffer.shape[1:])
+    return _Scattered(transport.start(buffer, send, receive, out), out, [received.parts[r] for r in there])
