@@ -15,6 +15,7 @@ from moedist.checkpoint import (DamagedCheckpoint, RunFolder, check_index, find_
 from moedist.config import Config, check_config, for_ranks, load_config, phases_override, to_yaml
 from moedist.coordinator import start_plan, written_plan
 from moedist.coordinator.facts import facts_to_json
+from moedist.coordinator.probe_machine import host_name
 from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
 from moedist.dispatch import build_transport, describe_ways
 from moedist.engine import build_engine, check_deepspeed
@@ -187,7 +188,8 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
         engine.loaded(meta["counters"])
         progress = Progress(**meta["progress"])
     folder = _open_folder(config, world, folder, corpus, progress.step)
-    recorder = Recorder(config, folder, world.is_main, config.train_steps, progress.step)
+    where = world.gather_objects(f"{host_name()}, {world.device}")
+    recorder = Recorder(config, folder, world.rank, config.train_steps, progress.step, where)
     run = Run(config, world, folder, plan, coordinator, model, engine, train_stream, valid_stream, recorder, corpus.digest,
               progress)
     run.note_plan()

@@ -14,6 +14,7 @@ EXAMPLES = {
                         "  torchrun --nproc-per-node 2 -m moedist bench checkpoint --folder /scratch\n",
     "bench dispatch": "examples:\n  moedist bench dispatch --json dispatch.json     (starts mpirun here, on 2 and 4 ranks)\n"
                       "  srun --mpi=pmi2 -N 2 python -m moedist bench dispatch\n",
+    "bench logging": "example:\n  torchrun --nproc-per-node 2 -m moedist bench logging --json logging.json\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
 }
 
@@ -50,6 +51,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     dispatch.add_argument("--rounds", type=positive(int), default=20, help="timed rounds, MPI and gloo in turn")
     dispatch.add_argument("--json", help="write the figures to this file")
 
+    logging = add_command(bench, "logging", "what metrics, alerts and Weights & Biases cost a training step", _bench_logging,
+                          EXAMPLES["bench logging"])
+    logging.add_argument("--steps", type=positive(int), default=60, help="measured steps (default 60)")
+    logging.add_argument("--log-every", type=positive(int), default=10, help="steps between metrics (default 10)")
+    logging.add_argument("--json", help="write the figures to this file")
+
     planner = add_command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,
                          EXAMPLES["bench planner"])
     planner.add_argument("--quick", action="store_true", help="a few small problems only")
@@ -78,6 +85,11 @@ def _bench_checkpoint(args: argparse.Namespace) -> None:
 def _bench_dispatch(args: argparse.Namespace) -> None:
     from moedist.bench.dispatch import bench_dispatch
     bench_dispatch(args.ranks, args.rounds, args.json)
+
+
+def _bench_logging(args: argparse.Namespace) -> None:
+    from moedist.bench.logging import bench_logging
+    bench_logging(args.steps, args.log_every, args.json)
 
 
 def _bench_planner(args: argparse.Namespace) -> None:

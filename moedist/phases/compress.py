@@ -37,7 +37,7 @@ def compress_phase(run: Run, value: dict[str, Any]) -> None:
     run.experts_changed()
     result = run.held_out = _evaluate(run)
     run.evaluated_at = run.progress.step
-    run.recorder.record(run.progress.step, {
+    run.record({
         "compress/ratio": shrunk.ratio, "compress/bytes": sum(s.bytes for s in shrunk.summaries),
         "compress/seconds": time.perf_counter() - start, "valid/loss": result.loss, "valid/perplexity": result.perplexity,
     }, f"step {run.progress.step:>6}  valid loss {before:.4f} -> {result.loss:.4f}, perplexity {result.perplexity:.2f} after "
