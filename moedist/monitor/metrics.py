@@ -43,6 +43,8 @@ METRICS: dict[str, Metric] = {
     "train/tokens": Metric("tokens", "sum", "read since the start: the x-axis"),
     "train/skipped_steps": Metric("steps", "same", "not taken since the start of the process: values were not finite"),
     "perf/tokens_per_s": Metric("tokens/s", "sum", "over all ranks"),
+    "perf/tokens_per_s_bound": Metric("tokens/s", "ratio", "if no rank ever waited: all tokens and rows at the sum of the "
+                                                           "ranks' measured speeds, and rows travelled in no time"),
     "perf/step_ms": Metric("ms", "same", "wall time of a step"),
     "perf/mfu": Metric("", "ratio", "model FLOP/s over the sum of the ranks' measured peaks of a matrix product"),
     "perf/expert_over_bound": Metric("", "ratio", "expert time of the slowest rank over what all ranks at their measured "

@@ -92,10 +92,19 @@ def rank_metrics(ranks: Sequence[RankSums], step_s: float) -> dict[str, float]:
         speed = sum(of["rows_per_s"] for of in of_ranks)
         if speed:
             values["perf/expert_over_bound"] = slowest / (1e3 * sum(of["rows"] for of in of_ranks) / speed)
+    least_s = _least_s(of_ranks, "rows", "expert_ms") + _least_s(of_ranks, "tokens", "dense_ms")
+    if least_s:
+        values["perf/tokens_per_s_bound"] = sum(of["tokens"] for of in of_ranks) / least_s
     peak, steps = sum(rank.peak for rank in ranks), max(ranks[0].steps, 1.0)
     if peak and step_s:
         values["perf/mfu"] = sum(rank.flops for rank in ranks) / steps / step_s / peak
     return values | rank_series(of_ranks)
+
+
+def _least_s(of_ranks: Sequence[dict[str, float]], amount: str, ms: str) -> float:
+    """Seconds that all ranks together take for an amount at the speeds that each has shown for its part."""
+    speed = sum(1e3 * of[amount] / of[ms] for of in of_ranks if of[ms] > 0)
+    return sum(of[amount] for of in of_ranks) / speed if speed else 0.0
 
 
 def rank_series(of_ranks: Sequence[dict[str, float]]) -> dict[str, float]:

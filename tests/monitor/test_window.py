@@ -39,6 +39,8 @@ def test_metrics_of_ranks_by_hand():
         "perf/memory_gib": 2.0, "perf/slowest_rank": 0, "moe/expert_ms": 600, "moe/expert_over_mean": 1.5,
         # 1,200 rows at 1,000 and 3,000 rows/s take 300 ms
         "perf/expert_over_bound": 2.0, "perf/mfu": 0.5,
+        # 300 tokens at 500 and 2,000 tokens/s take 120 ms outside the experts
+        "perf/tokens_per_s_bound": 300 / 0.42,
         "rank/0/busy_ms": 800, "rank/0/expert_ms": 600, "rank/0/dense_ms": 200, "rank/0/all_to_all_ms": 100,
         "rank/0/wait_ms": 100, "rank/0/rows": 600, "rank/0/rows_per_s": 1000, "rank/0/tokens": 100, "rank/0/memory_gib": 1,
         "rank/1/busy_ms": 300, "rank/1/expert_ms": 200, "rank/1/dense_ms": 100, "rank/1/all_to_all_ms": 100,
