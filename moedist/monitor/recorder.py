@@ -103,6 +103,11 @@ class Recorder:
             if self._wandb is not None:
                 self._wandb.plan(step, plan)
 
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether there is somebody who shows pictures: without, they are not worth drawing."""
+        return self.active and self._wandb is not None
+
     def record_pictures(self, step: int, paths: list[Path]) -> None:
         """Send pictures to Weights & Biases."""
         if self.active and self._wandb is not None:

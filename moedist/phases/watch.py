@@ -83,14 +83,12 @@ class Watch:
                                  | {"train/tokens": run.tokens_read})
         if not run.world.is_main:
             return {}
-        values = {"perf/step_ms": 1e3 * step_s, **rank_metrics(ranks, step_s), **self._loads.metrics(self._layers),
+        values = {"train/skipped_steps": float(self.skipped), "perf/step_ms": 1e3 * step_s, **rank_metrics(ranks, step_s), **self._loads.metrics(self._layers),
                   **load_metrics(report.loads, report.ranks.rows, run.plan.speeds, self._layers), **self._plan_metrics(run.plan)}
         if self.logging_s:
             values["perf/logging_ms"] = 1e3 * self.logging_s
         if "moe/expert_ms" in values and run.plan.predicted_ms:
             values["plan/actual_ms"] = values["moe/expert_ms"]
-        if self.skipped:
-            values["train/skipped_steps"] = float(self.skipped)
         travelled = traffic_metrics(report.traffic, run.config.moe_layers(), run.world.size)
         hidden = {f"comm/layer.{i}/" for i in run.config.moe_layers() if i not in self._layers}
         values |= {name: value for name, value in travelled.items() if not name.startswith(tuple(hidden) or "-")}

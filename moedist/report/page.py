@@ -22,11 +22,13 @@ def _environment() -> jinja2.Environment:
 
 def content(runs: Sequence[RunData]) -> dict[str, Any]:
     """What changes while a run goes on: `figures` by id, and `body`, the HTML of everything but the plots' insides."""
-    groups: list[tuple[str, list[Plot], RunData | None]] = [("", overview(runs), None)]
-    groups += [(run.name, details(run, "" if len(runs) == 1 else f"-{i}"), run) for i, run in enumerate(runs)]
+    if len(runs) == 1:
+        groups: list[tuple[str, list[Plot]]] = [("", overview(runs) + details(runs[0]))]
+    else:
+        groups = [("", overview(runs)), *((run.name, details(run, f"-{i}")) for i, run in enumerate(runs))]
     body = _environment().get_template("body.html.j2").render(
         runs=runs, summary=summary(runs), groups=groups, written=time.strftime("%Y-%m-%d %H:%M:%S"))
-    return {"figures": {plot.id: plot.figure for _, plots, _ in groups for plot in plots}, "body": body}
+    return {"figures": {plot.id: plot.figure for _, plots in groups for plot in plots}, "body": body}
 
 
 def render(runs: Sequence[RunData], refresh_s: float = 0) -> str:
