@@ -1,7 +1,7 @@
 """What watching a run costs: time in sums, the collective, alerts, JSONL, Weights & Biases and the progress line, over that of
 the training steps.
 
-A run of the quickstart's shapes is trained with everything on (Weights & Biases offline), on as many ranks as it is started on,
+A run of the quickstart's shapes is trained with everything on (Weights & Biases offline), on as many ranks as started,
 and both parts of the same steps are timed in turn. What the ranks wait for each other in the logging collective is counted as
 logging, although they would wait in the next step otherwise. Weights & Biases writes in a process of its own, whose time is not
 in it.

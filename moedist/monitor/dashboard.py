@@ -32,7 +32,8 @@ SECTIONS: dict[str, dict[str, list[str]]] = {
               "rows sent over rows without dedup": ["comm/dedup_ratio"], "rounding": ["comm/rounding_error"]},
     "Plan": {"version": ["plan/version"], "moved experts and copies": ["plan/moved_experts", "plan/copies"],
              "predicted and actual (ms)": ["plan/predicted_ms", "plan/actual_ms"]},
-    "Compression": {"share removed": ["compress/ratio"], "bytes of experts": ["compress/bytes"], "seconds": ["compress/seconds"]},
+    "Compression": {"share removed": ["compress/ratio"], "bytes of experts": ["compress/bytes"],
+                    "seconds": ["compress/seconds"]},
     "Checkpoints": {"training stood still (ms)": ["checkpoint/blocked_ms"], "seconds": ["checkpoint/seconds"],
                     "bytes": ["checkpoint/bytes"]},
 }

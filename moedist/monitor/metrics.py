@@ -25,7 +25,8 @@ _WHAT_RANKS_DO = {
     "busy_ms": ("ms", "computing, in a step"),
     "expert_ms": ("ms", "in expert feed-forwards, forward and backward, in a step"),
     "dense_ms": ("ms", "computing outside the experts, in a step"),
-    "all_to_all_ms": ("ms", "standing still while rows travel, in a step"),
+    "all_to_all_ms": ("ms", "standing still in exchanges of rows, until slower ranks come and rows have travelled, in a "
+                            "step"),
     "wait_ms": ("ms", "standing still in other collectives, which wait for the slowest rank, in a step"),
     "rows": ("rows", "computed by its experts in a step, all layers"),
     "rows_per_s": ("rows/s", "speed of its experts, as measured in these steps"),

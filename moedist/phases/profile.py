@@ -62,6 +62,7 @@ class Profile:
 
 def profile_table(ranks: list[dict[str, float]]) -> str:
     """ms of every region on every rank, a line a region. Experts are forward and backward; their backward part, and the rows
-    that travel then, are in backward too. Where own rows are computed while others travel, the wait for those is in combine."""
+    that travel then, are in backward too. Where own rows are computed while others travel, the wait for those is in
+    combine."""
     return table(["region", *(f"rank {r}" for r in range(len(ranks)))],
                  [[name, *(f"{of[name]:.2f}" for of in ranks)] for name in REGIONS])

@@ -83,8 +83,9 @@ class Watch:
                                  | {"train/tokens": run.tokens_read})
         if not run.world.is_main:
             return {}
-        values = {"train/skipped_steps": float(self.skipped), "perf/step_ms": 1e3 * step_s, **rank_metrics(ranks, step_s), **self._loads.metrics(self._layers),
-                  **load_metrics(report.loads, report.ranks.rows, run.plan.speeds, self._layers), **self._plan_metrics(run.plan)}
+        values = {"train/skipped_steps": float(self.skipped), "perf/step_ms": 1e3 * step_s, **rank_metrics(ranks, step_s),
+                  **load_metrics(report.loads, report.ranks.rows, run.plan.speeds, self._layers),
+                  **self._loads.metrics(self._layers), **self._plan_metrics(run.plan)}
         if self.logging_s:
             values["perf/logging_ms"] = 1e3 * self.logging_s
         if "moe/expert_ms" in values and run.plan.predicted_ms:

@@ -45,23 +45,25 @@ def overview(runs: Sequence[RunData]) -> list[Plot]:
 def details(run: RunData, suffix: str = "") -> list[Plot]:
     """Plots of one run; `suffix` tells their ids from those of other runs. Those without anything to show are left out."""
     plots = [
-        Plot("ranks", "Where the time of a step goes", "Of every rank, at the last metrics. What waits waits for a slower rank.",
-             rank_bars(run)),
-        Plot("shares", "Load share against speed share", "A point a rank, at the last metrics; on the diagonal it has what its "
-             "speed is worth.", shares(run)),
-        Plot("balance", "Balance", "1 is perfect. Experts: largest over mean rows. Ranks: largest rows over speed, over all rows "
-             "over all speeds. Time: expert time of the slowest rank over the bound.",
+        Plot("ranks", "Where the time of a step goes", "Of every rank, at the last metrics. All-to-all is also where a rank "
+             "waits for the rows of slower ones; waiting is for them in all other collectives.", rank_bars(run)),
+        Plot("shares", "Load share against speed share", "A point a rank, at the last metrics; on the diagonal it has what "
+             "its speed is worth.", shares(run)),
+        Plot("balance", "Balance", "1 is perfect. Experts: largest over mean rows. Ranks: largest rows over speed, over all "
+             "rows over all speeds. Time: expert time of the slowest rank over the bound.",
              _curves([run], {"moe/load_imbalance": "experts", "moe/rank_imbalance": "ranks",
                              "perf/expert_over_bound": "time"}, "over perfect", marks=run)),
-        Plot("loads", "Rows of every expert over time", "Over the mean of its layer. Vertical lines: another plan.", loads(run)),
+        Plot("loads", "Rows of every expert over time", "Over the mean of its layer. Vertical lines: another plan.",
+             loads(run)),
         Plot("plan", "Plan at the start and now", "The rank that each expert is on; of copies, the first.", plans(run)),
         Plot("compression", "What compression kept", "Hidden neurons of each expert after the last compression.", kept(run)),
         Plot("phases", "Compression phases", "Bytes of all experts before and after every compression.", phases(run)),
-        Plot("routing", "Routing", "Share of routed pairs that are the same as at the evaluation before, and experts without a "
-             "row.", _curves([run], {"moe/routing_stability": "stability", "moe/dead_experts": "dead experts"}, "", marks=run)),
+        Plot("routing", "Routing", "Share of routed pairs that are the same as at the evaluation before, and experts that "
+             "have long had no row.",
+             _curves([run], {"moe/routing_stability": "stability", "moe/dead_experts": "dead experts"}, "", marks=run)),
         Plot("traffic", "Rows between ranks", "Bytes of rows sent in a step, forward and backward.",
-             _curves([run], {"comm/own_island_bytes": "inside islands", "comm/other_islands_bytes": "between islands"}, "bytes",
-                     marks=run, zero=True)),
+             _curves([run], {"comm/own_island_bytes": "inside islands", "comm/other_islands_bytes": "between islands"},
+                     "bytes", marks=run, zero=True)),
     ]
     return [plot._replace(id=plot.id + suffix) for plot in plots if plot.figure["data"]]
 
@@ -84,7 +86,7 @@ def _curves(runs: Sequence[RunData], names: Mapping[str, str], unit: str, log: b
                 "marker": {"size": 5, "color": colour},
                 "hovertemplate": f"%{{y:.5g}} {unit}<br>step %{{customdata}}<extra>{label}</extra>"})
     layout: Figure = {"xaxis": {"title": {"text": "training tokens"}, "rangemode": "tozero"},
-                      "yaxis": {"title": {"text": unit}, "type": "log" if log else "linear"},
+                      "yaxis": {"title": {"text": unit}, "type": "log", "dtick": "D2"} if log else {"title": {"text": unit}},
                       "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}}
     if zero:
         layout["yaxis"]["rangemode"] = "tozero"
@@ -97,8 +99,8 @@ def _marks(run: RunData, compressions: bool = True) -> list[Figure]:
     """Vertical lines where the plan changed, and where experts were compressed."""
     steps = [(step, "dot") for step in run.replans()[-MOST_MARKS:]]
     steps += [(c["step"], "dash") for c in run.compressions] if compressions else []
-    return [{"type": "line", "xref": "x", "yref": "paper", "x0": run.tokens_of(step), "x1": run.tokens_of(step), "y0": 0, "y1": 1,
-             "line": {"color": WAIT, "width": 1, "dash": dash}} for step, dash in steps]
+    return [{"type": "line", "xref": "x", "yref": "paper", "x0": run.tokens_of(step), "x1": run.tokens_of(step), "y0": 0,
+             "y1": 1, "line": {"color": WAIT, "width": 1, "dash": dash}} for step, dash in steps]
 
 
 def rank_bars(run: RunData) -> Figure:
@@ -110,7 +112,8 @@ def rank_bars(run: RunData) -> Figure:
              "x": [run.last(f"rank/{label}/{key}") for label in labels], "marker": {"color": colour}, "meta": key,
              "hovertemplate": "%{x:.1f} ms<extra>%{y}: " + name + "</extra>"} for name, (key, colour) in parts.items()]
     return {"data": data if labels else [], "layout": {
-        "barmode": "stack", "xaxis": {"title": {"text": "ms of a step"}}, "yaxis": {"autorange": "reversed", "type": "category"},
+        "barmode": "stack", "xaxis": {"title": {"text": "ms of a step"}},
+        "yaxis": {"autorange": "reversed", "type": "category"},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
         "height": max(260, 120 + 24 * len(labels))}}
 
@@ -124,10 +127,10 @@ def shares(run: RunData) -> Figure:
     x, y = [s / sum(speeds) for s in speeds], [n / sum(rows) for n in rows]
     most = 1.1 * max(*x, *y)
     return {"data": [
-        {"type": "scatter", "mode": "lines", "x": [0, most], "y": [0, most], "line": {"color": WAIT, "width": 1, "dash": "dash"},
-         "hoverinfo": "skip", "name": "fair"},
-        {"type": "scatter", "mode": "markers+text", "x": x, "y": y, "text": labels, "textposition": "top center", "name": "ranks",
-         "marker": {"size": 10, "color": COMPUTE},
+        {"type": "scatter", "mode": "lines", "x": [0, most], "y": [0, most], "hoverinfo": "skip", "name": "fair",
+         "line": {"color": WAIT, "width": 1, "dash": "dash"}},
+        {"type": "scatter", "mode": "markers+text", "x": x, "y": y, "text": labels, "textposition": "top center",
+         "name": "ranks", "marker": {"size": 10, "color": COMPUTE},
          "hovertemplate": "rank %{text}: %{y:.1%} of rows, %{x:.1%} of speed<extra></extra>"}],
         "layout": {"xaxis": {"title": {"text": "share of all speed"}, "tickformat": ".0%", "range": [0, most]},
                    "yaxis": {"title": {"text": "share of all rows"}, "tickformat": ".0%", "range": [0, most]},
@@ -149,8 +152,9 @@ def loads(run: RunData) -> Figure:
     menu = {"buttons": [{"label": f"layer {layer}", "method": "update",
                          "args": [{"visible": [other == layer for other in layers]}]} for layer in layers],
             "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "type": "dropdown"}
-    return {"data": data, "layout": {"xaxis": {"title": {"text": "training tokens"}}, "yaxis": {"title": {"text": "expert"}},
-                                     "shapes": _marks(run, compressions=False), "updatemenus": [menu] if len(layers) > 1 else []}}
+    return {"data": data, "layout": {
+        "xaxis": {"title": {"text": "training tokens"}}, "yaxis": {"title": {"text": "expert"}},
+        "shapes": _marks(run, compressions=False), "updatemenus": [menu] if len(layers) > 1 else []}}
 
 
 def plans(run: RunData) -> Figure:
@@ -168,10 +172,10 @@ def plans(run: RunData) -> Figure:
                      "xaxis": f"x{axis}", "yaxis": f"y{axis}", "zmin": -0.5, "zmax": ranks - 0.5, "colorscale": scale,
                      "showscale": False, "xgap": 1, "ygap": 1, "meta": step,
                      "hovertemplate": "%{y}, expert %{x}: rank %{text}<extra>plan of step " + str(step) + "</extra>"})
-        top, bottom = (1, 0) if len(chosen) == 1 else ((1, 0.57) if not n else (0.43, 0))
+        top, bottom = (1, 0) if len(chosen) == 1 else ((1, 0.64) if not n else (0.36, 0))
         layout |= {f"xaxis{axis}": {"title": {"text": f"expert (plan of step {step})"}, "anchor": f"y{axis}"},
                    f"yaxis{axis}": {"domain": [bottom, top], "autorange": "reversed", "anchor": f"x{axis}"}}
-    return {"data": data, "layout": layout | {"height": 160 + len(chosen) * max(110, 26 * len(chosen[0][1].layers))}}
+    return {"data": data, "layout": layout | {"height": 150 + len(chosen) * max(110, 30 * len(chosen[0][1].layers))}}
 
 
 def kept(run: RunData) -> Figure:

@@ -93,7 +93,8 @@ def read_run(path: str | Path) -> RunData:
     config = folder.config()
     records = list(_lines(folder.metrics_file))
     if not records:
-        raise CheckpointError(f"{folder} has no metrics yet; they come every monitor.log_every={config.monitor.log_every} steps")
+        raise CheckpointError(f"{folder} has no metrics yet; they come every {config.monitor.log_every} steps "
+                              "(monitor.log_every)")
     loads = [(line["step"], {int(i): load for i, load in line["loads"].items()}) for line in _lines(folder.loads_file)]
     compressions = [json.loads(folder.compression_file(step).read_text(encoding="utf-8")) for step in folder.compressions()]
     return RunData(folder.path, config, records, loads, _plans(folder), compressions)

@@ -59,8 +59,10 @@ def test_every_metric_has_a_known_reduction():
     assert {metric.reduction for metric in METRICS.values()} <= {"same", "sum", "mean", "max", "tokens", "ratio", "rank"}
     assert declaration("rank/17/busy_ms") == declaration("rank/p90/busy_ms") == METRICS["rank/*/busy_ms"]
     assert declaration("moe/layer.12/load_cv") is METRICS["moe/layer.*/load_cv"] and declaration("moe/layer.x/load_cv") is None
-    assert reduce_over_ranks("moe/expert_ms", [1.0, 3.0], [1, 1]) == 3 and reduce_over_ranks("perf/tokens_per_s", [1, 3], []) == 4
-    assert reduce_over_ranks("comm/own_island_ms", [1.0, 3.0], [9, 1]) == 2 and reduce_over_ranks("train/lr", [7.0, 7.0], []) == 7
+    assert reduce_over_ranks("moe/expert_ms", [1.0, 3.0], [1, 1]) == 3
+    assert reduce_over_ranks("perf/tokens_per_s", [1.0, 3.0], []) == 4
+    assert reduce_over_ranks("comm/own_island_ms", [1.0, 3.0], [9, 1]) == 2
+    assert reduce_over_ranks("train/lr", [7.0, 7.0], []) == 7
     with pytest.raises(AssertionError, match="rank"):
         reduce_over_ranks("moe/dropped_fraction", [1.0], [1])
 

@@ -26,7 +26,7 @@ class Opened:
         """id -> the traces that Plotly holds for it, as it was given them."""
         return self.page.evaluate("""() => Object.fromEntries([...document.querySelectorAll('.plot')].map(place => [
             place.id.replace('plot-', ''), (place.data || []).map(t => ({
-                x: t.x, y: t.y, z: t.z, name: t.name, meta: t.meta, text: t.text, type: t.type, customdata: t.customdata}))]))""")
+                x: t.x, y: t.y, z: t.z, name: t.name, meta: t.meta, text: t.text, customdata: t.customdata}))]))""")
 
     def drawn(self) -> dict[str, int]:
         """id -> shapes of data that are to be seen in a plot: lines, bars, points, images of heat maps."""

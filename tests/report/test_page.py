@@ -11,8 +11,8 @@ from moedist.report import read_run, write_report
 from moedist.report.serve import make_server
 from tests.report.browser import opened, start_chromium
 
-ONE_RUN = {"loss", "perplexity", "throughput", "ranks", "shares", "balance", "loads", "plan", "compression", "phases", "routing",
-           "traffic"}
+ONE_RUN = {"loss", "perplexity", "throughput", "ranks", "shares", "balance", "loads", "plan", "compression", "phases",
+           "routing", "traffic"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def test_all_plots_are_drawn_without_errors_or_requests(browser, page_file, sche
         light = [sum(map(int, colour.strip("rgb()").split(","))) / 3 for colour in (text, back, label)]
         assert (light[0] < 60 and light[1] > 200 and light[2] < 60) if scheme == "light" else \
             (light[0] > 200 and light[1] < 60 and light[2] > 200)
-        sizes = found.page.evaluate("[...document.querySelectorAll('.plot text')].map(t => parseFloat(getComputedStyle(t).fontSize))")
+        sizes = found.page.evaluate("""() => [...document.querySelectorAll('.plot text')].map(
+            text => parseFloat(getComputedStyle(text).fontSize))""")
         assert min(sizes) >= 10  # points on a phone too
 
 
