@@ -21,7 +21,7 @@ from moedist.dispatch import build_transport, describe_ways
 from moedist.engine import build_engine, check_deepspeed
 from moedist.errors import CheckpointError, DataError
 from moedist.model import Transformer
-from moedist.monitor import Recorder
+from moedist.monitor import Recorder, spoken
 from moedist.phases import PHASES, Run, check_methods
 from moedist.phases.run import Progress, weight_dtype
 from moedist.phases.train import Stopped, evaluate
@@ -57,8 +57,7 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     if dropped:
         notice = "; ".join([*([notice] if notice else []), f"left out, being for {meta['world_size']} ranks: {', '.join(dropped)}"])
     with World.start(config.world) as world:
-        if notice and world.is_main:
-            print(notice, flush=True)
+        _say(config, world, notice)
         run = resumed_run(config, world, folder) if folder else build_run(config, world, written)
         run.signals.listen()
         run.recorder.say(_describe(run))
@@ -130,8 +129,8 @@ def resumed_run(config: Config, world: World, folder: RunFolder) -> Run:
             run = build_run(config, world, written_plan(config, world.size, meta)[0], folder, path, meta)
         except DamagedCheckpoint as error:
             damaged.append(error.reason)
-            if world.is_main and path != paths[-1]:
-                print(f"warning: {error.reason}; going on from the one before it", flush=True)
+            if path != paths[-1]:
+                _say(config, world, f"warning: {error.reason}; going on from the one before it")
             continue
         if world.is_main:
             for old in paths[:len(damaged)]:
@@ -164,8 +163,7 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
         DataError: there is nothing to validate on.
     """
     def say(text: str) -> None:  # before there is a recorder
-        if world.is_main:
-            print(text, flush=True)
+        _say(config, world, text)
 
     corpus = prepare_corpus(config.data)
     world.refuse_unequal("training text", corpus.digest, "check that data.path holds the same files everywhere")
@@ -215,6 +213,13 @@ def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus:
             folder.forget_metrics_after(step)
         folder.config_file.write_text(to_yaml(config), encoding="utf-8")
     return RunFolder(world.broadcast_object(str(folder)))
+
+
+def _say(config: Config, world: World, text: str | None) -> None:
+    """A line for people, if there is one, while there is no recorder."""
+    line = spoken(config.monitor.output, text) if text and world.is_main else None
+    if line is not None:
+        print(line, flush=True)
 
 
 def _describe(run: Run) -> str:

@@ -24,7 +24,7 @@ from moedist.trainer import build_run
 from moedist.world import World
 
 CONFIG: dict[str, Any] = {
-    "name": "bench-logging", "data": {"tokenizer": "byte", "sequence_length": 128, "max_documents": 300},
+    "name": "bench-logging", "data": {"tokenizer": "byte", "sequence_length": 128, "max_documents": 150},
     "model": {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "experts": 8, "top_k": 2, "expert_hidden": 128},
     "train": {"batch": 32}, "placement": {"planner": "equal"}, "phases": [{"train": 1_000_000}],
     "monitor": {"wandb": "offline", "output": "plain"},

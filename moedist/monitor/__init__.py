@@ -2,6 +2,7 @@
 
 from moedist.monitor.alerts import Alert, Alerts
 from moedist.monitor.balance import LoadHistory, RoutingMemory, load_metrics, spread_evenly
+from moedist.monitor.display import spoken
 from moedist.monitor.metrics import METRICS, declaration
 from moedist.monitor.peak import measured_peak
 from moedist.monitor.recorder import Recorder
@@ -9,4 +10,5 @@ from moedist.monitor.traffic import traffic_metrics, traffic_sums
 from moedist.monitor.window import RankSums, gather_sums, memory_held, rank_metrics
 
 __all__ = ["Alert", "Alerts", "LoadHistory", "METRICS", "RankSums", "Recorder", "RoutingMemory", "declaration", "gather_sums",
-           "load_metrics", "measured_peak", "memory_held", "rank_metrics", "spread_evenly", "traffic_metrics", "traffic_sums"]
+           "load_metrics", "measured_peak", "memory_held", "rank_metrics", "spoken", "spread_evenly", "traffic_metrics",
+           "traffic_sums"]

@@ -12,6 +12,13 @@ from tqdm import tqdm
 OUTPUTS = ("auto", "plain", "quiet", "json")
 
 
+def spoken(output: str, text: str) -> str | None:
+    """A line for people as an output mode has it; None where it is not to be said."""
+    if output == "json":
+        return json.dumps({"text": text})
+    return text if output != "quiet" or text.startswith("warning") else None
+
+
 class Display:
     """One way to speak.
 
@@ -29,10 +36,8 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line for people; when quiet, only what is a warning."""
-        if self.output == "json":
-            self._print(json.dumps({"text": text}))
-        elif self.output != "quiet" or text.startswith("warning"):
-            self._print(text)
+        if (line := spoken(self.output, text)) is not None:
+            self._print(line)
 
     def metrics(self, step: int, values: Mapping[str, Any], line: str | None) -> None:
         """Metrics of a step, and a line that tells them to people."""

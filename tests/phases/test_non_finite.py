@@ -55,8 +55,9 @@ def alerts_of(folder):
     return [line for line in lines if line.get("alert") == "not finite"]
 
 
-def test_a_nan_in_one_expert_is_told_and_the_run_stops(tmp_path, cache):
-    found = run_ranks(2, train_poisoned, str(tmp_path), str(cache), "weights", [])
+@pytest.mark.parametrize("engine", [[], ["engine.name=deepspeed"]])
+def test_a_nan_in_one_expert_is_told_and_the_run_stops(tmp_path, cache, engine):
+    found = run_ranks(2, train_poisoned, str(tmp_path), str(cache), "weights", engine)
     for error, step, bad, steps, folder in found:
         assert step == PLANTED_AFTER + 1 and bad == 1  # nothing else has been spoilt
         assert steps[-1] == PLANTED_AFTER
