@@ -267,7 +267,7 @@ def _finish(run: Run) -> None:
     result = run.held_out
     run.recorder.say(f"done: {run.progress.step} steps, validation loss {result.loss:.4f}, perplexity "
                      f"{result.perplexity:.2f} per token\nrun folder {run.folder}\nnext: {program()} generate {run.folder} "
-                     f"--prompt \"def \"   or   {program()} evaluate {run.folder}"
+                     f"--prompt \"def \"   or   {program()} evaluate {run.folder}   or   {program()} report {run.folder}"
                      + (f"\nall phases had been done; to train on: {train_on(run.folder)}" if nothing_to_do else ""))
 
 

@@ -71,8 +71,8 @@ def profile_steps(text: str | None) -> range:
     """
     if text is None:
         return range(0)
-    first, _, last = str(text).partition("-")
-    last = last or first
+    first, dash, last = str(text).partition("-")
+    last = last if dash else first
     if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
         raise ConfigError(f"monitor.profile is {text!r}; give steps from 1, such as 10-15 or 12")
     return range(int(first), int(last) + 1)

@@ -52,6 +52,7 @@ METRICS: dict[str, Metric] = {
                                                   "speeds need; 1 is perfect"),
     "perf/memory_gib": Metric("GiB", "max", "most memory that a rank has held so far"),
     "perf/slowest_rank": Metric("rank", "same", "the one that computes longest"),
+    "perf/slowest_rank_name": Metric("name", "same", "its number, host and device"),
     "perf/logging_ms": Metric("ms", "same", "of the logging step before, on rank 0"),
     "moe/load_imbalance": Metric("", "same", "largest over mean rows of an expert, mean over layers"),
     "moe/load_cv": Metric("", "same", "standard deviation over mean of the rows of experts, mean over layers"),

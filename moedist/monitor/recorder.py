@@ -70,14 +70,14 @@ class Recorder:
         """Time left at the mean pace so far, as h:mm:ss."""
         return self._display.eta(step) if self.active else ""
 
-    def record(self, step: int, values: Mapping[str, float], line: str | None = None) -> None:
+    def record(self, step: int, values: Mapping[str, float | str], line: str | None = None) -> None:
         """Write metrics of `step` (all declared in `METRICS`) everywhere, and `line` for people."""
         if not self.active:
             return
         undeclared = [name for name in values if not is_declared(name)]
         assert not undeclared, f"metrics without a declaration: {sorted(undeclared)}"
         # JSON has no word for what is not finite
-        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        values = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._wandb is not None:
             self._wandb.log(step, {name: value for name, value in values.items() if value is not None})

@@ -104,7 +104,7 @@ class Run:
         """Those of the step that was just done."""
         return self.batches(self.progress.step - 1, self.progress.sequences - self.config.train.batch)
 
-    def record(self, values: dict[str, float], line: str | None = None) -> None:
+    def record(self, values: dict[str, float | str], line: str | None = None) -> None:
         """Record metrics of the step that the run stands at, and `line` for people."""
         self.recorder.record(self.progress.step, {"train/tokens": float(self.tokens_read), **values}, line)
 

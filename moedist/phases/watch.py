@@ -6,8 +6,6 @@ import math
 import time
 from typing import TYPE_CHECKING, Mapping
 
-import torch
-
 from moedist.config import Config
 from moedist.monitor import (Alert, Alerts, LoadHistory, RankSums, RoutingMemory, gather_sums, load_metrics, measured_peak,
                              memory_held, rank_metrics, spread_evenly, traffic_metrics)
@@ -74,7 +72,7 @@ class Watch:
         if run.world.is_main and math.isfinite(loss) and (alert := self._alerts.loss(loss)):
             run.recorder.alert(run.progress.step, alert)
 
-    def metrics(self, run: "Run", report: "StepReport") -> dict[str, float]:
+    def metrics(self, run: "Run", report: "StepReport") -> dict[str, float | str]:
         """`perf`, `moe`, `rank`, `plan` and `comm` metrics, and alerts; every rank must call it, after the same steps."""
         step_s = self.seconds_per_step
         self._sums.memory_bytes, self._sums.peak = float(memory_held(run.world.device)), self._peak
@@ -86,6 +84,7 @@ class Watch:
         values = {"train/skipped_steps": float(self.skipped), "perf/step_ms": 1e3 * step_s, **rank_metrics(ranks, step_s),
                   **load_metrics(report.loads, report.ranks.rows, run.plan.speeds, self._layers),
                   **self._loads.metrics(self._layers), **self._plan_metrics(run.plan)}
+        values["perf/slowest_rank_name"] = run.recorder.rank_name(int(values["perf/slowest_rank"]))
         if self.logging_s:
             values["perf/logging_ms"] = 1e3 * self.logging_s
         if "moe/expert_ms" in values and run.plan.predicted_ms:
@@ -94,7 +93,7 @@ class Watch:
         hidden = {f"comm/layer.{i}/" for i in run.config.moe_layers() if i not in self._layers}
         values |= {name: value for name, value in travelled.items() if not name.startswith(tuple(hidden) or "-")}
         run.recorder.record_loads(run.progress.step, self._loads.sums)
-        self._shown = {"memory": f"{values['perf/memory_gib']:.1f} GiB", "slowest": f"rank {values['perf/slowest_rank']:.0f}"}
+        self._shown = {"memory": f"{values['perf/memory_gib']:.1f} GiB", "slowest": values["perf/slowest_rank_name"]}
         self._tell_alerts(run, ranks)
         return values
 

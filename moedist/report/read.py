@@ -19,10 +19,10 @@ class Series:
 
     steps: list[int]
     tokens: list[float]
-    values: list[float]
+    values: list[Any]
 
     @property
-    def last(self) -> float | None:
+    def last(self) -> Any:
         return self.values[-1] if self.values else None
 
 
@@ -59,7 +59,7 @@ class RunData:
                  if r.get(name) is not None]
         return Series(*(list(column) for column in zip(*found))) if found else Series([], [], [])
 
-    def last(self, name: str) -> float | None:
+    def last(self, name: str) -> Any:
         """The newest value of a metric, None where there is none."""
         return self.series(name).last
 

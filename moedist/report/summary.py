@@ -17,6 +17,14 @@ def _number(name: str, form: str, unit: str = "") -> Callable[[RunData], str]:
     return text
 
 
+def _text(name: str) -> Callable[[RunData], str]:
+    def text(run: RunData) -> str:
+        value = run.last(name)
+        return NOTHING if value is None else str(value)
+
+    return text
+
+
 def _progress(run: RunData) -> str:
     return f"{run.step:,} of {run.config.train_steps:,}"
 
@@ -52,6 +60,7 @@ LINES: dict[str, Callable[[RunData], str]] = {
     "step": _number("perf/step_ms", ",.1f", " ms"),
     "expert time over the bound": _number("perf/expert_over_bound", ".3f"),
     "expert load, largest over mean": _number("moe/load_imbalance", ".2f"),
+    "slowest rank at the last metrics": _text("perf/slowest_rank_name"),
     "dead experts": _number("moe/dead_experts", ".0f"),
     "experts' bytes removed": _number("compress/ratio", ".1%"),
     "ranks": _ranks,

@@ -3,14 +3,16 @@
 import gzip
 import json
 import shutil
+import subprocess
 
 import pytest
 import yaml
 
+from moedist import __version__ as moedist_version
 from moedist.monitor import METRICS
 from moedist.monitor.metrics import RANK_SERIES, declaration, is_declared
 from moedist.monitor.dashboard import dashboard, make_dashboard, workspace_of
-from tests.launching import moedist
+from tests.launching import ROOT, moedist
 from tests.monitor.wandb_file import history, records
 from tests.watched_run import STEPS
 
@@ -57,6 +59,7 @@ def test_metrics_agree_with_each_other(watched):
         assert values["moe/expert_ms"] == max(values["rank/0/expert_ms"], values["rank/1/expert_ms"]) > 0
         assert values["rank/0/rows"] + values["rank/1/rows"] == 2 * 2 * 8 * 32  # layers, top-k, sequences, their length
         assert values["rank/0/tokens"] + values["rank/1/tokens"] == 8 * 32
+        assert values["perf/slowest_rank_name"].startswith(f"rank {values['perf/slowest_rank']:.0f} (")
         assert 0 < values["perf/mfu"] < 1 and values["perf/expert_over_bound"] >= 0.999
         for r in (0, 1):
             parts = sum(values[f"rank/{r}/{name}"] for name in ("expert_ms", "dense_ms", "all_to_all_ms", "wait_ms"))
@@ -71,7 +74,10 @@ def test_configuration_commit_devices_tables_pictures_and_artifacts(watched):
     (file,), ranks = wandb_files(watched)
     (started,) = of_kind(file, "run")
     config = {item.key: json.loads(item.value_json) for item in started.config.update}
-    assert config["model"]["expert_hidden"] == 24 and config["moedist_version"]
+    assert config["model"]["expert_hidden"] == 24 and config["moedist_version"] == moedist_version
+    if (ROOT / ".git").exists():
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+        assert config["git_commit"].removesuffix("+") == commit
     assert [name.split(", ")[1] for name in config["devices"]] == ["cpu", "cpu"]
     assert started.run_group == "watched" and started.run_id == (watched / "wandb_id").read_text().strip()
     values = {name: value for step in history(file).values() for name, value in step.items()}
@@ -124,7 +130,8 @@ def test_dashboard_shows_declared_metrics(monkeypatch, tmp_path):
     found = dashboard("mine", ranks=3)
     shown = [name for section in found["sections"] for panel in section["panels"] for name in panel["y"]]
     assert all(map(is_declared, shown)) and {"rank/0/busy_ms", "rank/2/busy_ms"} <= set(shown)
-    whole = {name for name in METRICS if "*" not in name and name not in ("train/tokens", "moe/expert_ms", "perf/logging_ms")}
+    whole = {name for name in METRICS if "*" not in name and name not in ("train/tokens", "moe/expert_ms", "perf/logging_ms",
+                                                                           "perf/slowest_rank_name")}
     assert whole == {name for name in shown if not name.startswith("rank/")}
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert json.loads(make_dashboard(None, "p", "mine", 3, None)) == found
