@@ -5,6 +5,7 @@ The x-axis is training tokens. Colours of lines are told apart in every kind of 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Mapping, NamedTuple, Sequence
 
 from moedist.report.read import RunData
@@ -86,13 +87,30 @@ def _curves(runs: Sequence[RunData], names: Mapping[str, str], unit: str, log: b
                 "marker": {"size": 5, "color": colour},
                 "hovertemplate": f"%{{y:.5g}} {unit}<br>step %{{customdata}}<extra>{label}</extra>"})
     layout: Figure = {"xaxis": {"title": {"text": "training tokens"}, "rangemode": "tozero"},
-                      "yaxis": {"title": {"text": unit}, "type": "log", "dtick": "D2"} if log else {"title": {"text": unit}},
+                      "yaxis": {"title": {"text": unit}},
                       "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}}
+    if log:
+        layout["yaxis"] |= {"type": "log", "tickvals": log_ticks([y for trace in data for y in trace["y"]])}
     if zero:
         layout["yaxis"]["rangemode"] = "tozero"
     if marks is not None:
         layout["shapes"] = _marks(marks)
     return {"data": data, "layout": layout}
+
+
+def log_ticks(values: Sequence[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten around values above 0; Plotly's own are too small to read between those powers.
+
+    >>> log_ticks([15, 120])
+    [10.0, 20.0, 50.0, 100.0, 200.0]
+    """
+    if not values:
+        return []
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    ticks = [digit * 10.0**power for power in range(low, high + 1) for digit in (1, 2, 5)]
+    first = max((i for i, tick in enumerate(ticks) if tick <= min(values)), default=0)
+    last = min((i for i, tick in enumerate(ticks) if tick >= max(values)), default=len(ticks) - 1)
+    return ticks[first:last + 1]
 
 
 def _marks(run: RunData, compressions: bool = True) -> list[Figure]:

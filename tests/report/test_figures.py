@@ -8,7 +8,7 @@ import pytest
 from moedist.errors import CheckpointError
 from moedist.placement import LayerPlan, Plan
 from moedist.report import read_run
-from moedist.report.figures import details, overview
+from moedist.report.figures import details, log_ticks, overview
 from moedist.report.page import in_script
 from tests.launching import moedist
 
@@ -56,6 +56,11 @@ def test_what_is_not_finite_is_left_out(tmp_path):
                                               {"step": 2, "alert": "not finite", "text": "layer 3"}]))
     assert run.series("train/loss").values == [2.0] and run.series("train/loss").tokens == [40.0]
     assert run.alerts[0]["text"] == "layer 3" and run.step == 2
+
+
+def test_ticks_of_a_logarithmic_axis():
+    assert log_ticks([15, 120]) == [10, 20, 50, 100, 200] and log_ticks([0.3]) == [0.2, 0.5] and log_ticks([]) == []
+    assert log_ticks([1, 10]) == [1, 2, 5, 10]
 
 
 def test_json_cannot_end_its_script():
