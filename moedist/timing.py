@@ -10,12 +10,28 @@ import contextlib
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Iterator, Mapping
+from typing import ContextManager, Iterator, Mapping
 
 import torch
 
 LEAST_SLEEP_S = 2e-4  # a shorter sleep costs more than it lasts; what is owed is carried on
+# what a profile tells apart; backward holds the backward part of experts, and of what travels
+REGIONS = ("route", "dispatch", "experts", "combine", "dense", "backward", "optimizer")
 MOST_CREDIT_S = 0.1  # of time lost to others that later stretches make up for; more, and a rank held up long were not slow
+
+
+_regions_named = False
+
+
+def name_regions(named: bool) -> None:
+    """Whether `region` gives names to what a profiler sees, on this rank; it takes some microseconds each."""
+    global _regions_named
+    _regions_named = named
+
+
+def region(name: str) -> ContextManager:
+    """A stretch of a step by its name, one of `REGIONS`, in a profiler's trace."""
+    return torch.profiler.record_function(name) if _regions_named else contextlib.nullcontext()
 
 
 @dataclass
@@ -138,19 +154,25 @@ class Meter:
         self.throttle.catch_up()  # what came before is not the experts'
         if self._device.type == "cpu" or self.throttle.slowdown > 1:
             start = time.perf_counter()
-            yield
+            with region("experts"):
+                yield
             self.throttle.catch_up()
             self._expert_s[layer] += time.perf_counter() - start
         else:
             begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
             begin.record()
-            yield
+            with region("experts"):
+                yield
             end.record()
             self._events.append((layer, begin, end))
 
     def traffic(self, layer: int, link: str) -> Traffic:
         """To be added to: what travels in this step."""
         return self._links[layer, link]
+
+    def whole(self) -> tuple[float, float]:
+        """Seconds since `begin`, and those of them in collectives."""
+        return time.perf_counter() - self._start, self._waiting_s
 
     def take(self) -> StepTimes:
         """The times since `begin`; on an accelerator this waits for its queue."""

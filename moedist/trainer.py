@@ -15,13 +15,14 @@ from moedist.checkpoint import (DamagedCheckpoint, RunFolder, check_index, find_
 from moedist.config import Config, check_config, for_ranks, load_config, phases_override, to_yaml
 from moedist.coordinator import start_plan, written_plan
 from moedist.coordinator.facts import facts_to_json
+from moedist.coordinator.probe_machine import host_name
 from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
 from moedist.dispatch import build_transport, describe_ways
 from moedist.engine import build_engine, check_deepspeed
 from moedist.errors import CheckpointError, DataError
 from moedist.links import check_links, link_test_wanted
 from moedist.model import Transformer
-from moedist.monitor import Recorder
+from moedist.monitor import Recorder, spoken
 from moedist.phases import PHASES, Run, check_methods
 from moedist.phases.run import Progress, weight_dtype
 from moedist.phases.train import Stopped, evaluate
@@ -57,10 +58,9 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     if dropped:
         notice = "; ".join([*([notice] if notice else []), f"left out, being for {meta['world_size']} ranks: {', '.join(dropped)}"])
     with World.start(config.world) as world:
-        if notice:
-            world.say(notice)
+        _say(config, world, notice)
         if link_test_wanted(world, config.world.link_test):
-            check_links(world, build_transport(world))
+            check_links(world, build_transport(world), say=functools.partial(_say, config, world))
         run = resumed_run(config, world, folder) if folder else build_run(config, world, written)
         run.signals.listen()
         run.recorder.say(_describe(run))
@@ -132,8 +132,8 @@ def resumed_run(config: Config, world: World, folder: RunFolder) -> Run:
             run = build_run(config, world, written_plan(config, world.size, meta)[0], folder, path, meta)
         except DamagedCheckpoint as error:
             damaged.append(error.reason)
-            if world.is_main and path != paths[-1]:
-                print(f"warning: {error.reason}; going on from the one before it", flush=True)
+            if path != paths[-1]:
+                _say(config, world, f"warning: {error.reason}; going on from the one before it")
             continue
         if world.is_main:
             for old in paths[:len(damaged)]:
@@ -165,6 +165,7 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
         CheckpointError: the checkpoint is of other text, or damaged.
         DataError: there is nothing to validate on.
     """
+    say = functools.partial(_say, config, world)  # there is no recorder yet
     corpus = prepare_corpus(config.data)
     world.refuse_unequal("training text", corpus.digest, "check that data.path holds the same files everywhere")
     if meta and meta["corpus"] != corpus.digest:
@@ -177,8 +178,7 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
     transport, vocab = build_transport(world), corpus.tokenizer.vocab_size
     world.meter.begin(meta["progress"]["step"] if meta else 0)  # a declared slow-down is that of the step it goes on from
     forms = forms_of(checkpoint) if checkpoint else None
-    # there is no recorder yet that could say it
-    plan, coordinator = start_plan(config, world, transport, vocab, written, meta, world.say, forms)
+    plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say, forms)
     model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter, forms)
     engine = build_engine(model, config, world)
     progress = Progress()
@@ -187,7 +187,8 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
         engine.loaded(meta["counters"])
         progress = Progress(**meta["progress"])
     folder = _open_folder(config, world, folder, corpus, progress.step)
-    recorder = Recorder(config, folder, world.is_main, config.train_steps, progress.step)
+    where = world.gather_objects(f"{host_name()}, {world.device}")
+    recorder = Recorder(config, folder, world.rank, config.train_steps, progress.step, where)
     run = Run(config, world, folder, plan, coordinator, model, engine, train_stream, valid_stream, recorder, corpus.digest,
               progress)
     run.note_plan()
@@ -213,6 +214,13 @@ def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus:
             folder.forget_metrics_after(step)
         folder.config_file.write_text(to_yaml(config), encoding="utf-8")
     return RunFolder(world.broadcast_object(str(folder)))
+
+
+def _say(config: Config, world: World, text: str | None) -> None:
+    """A line for people, if there is one, while there is no recorder."""
+    line = spoken(config.monitor.output, text) if text and world.is_main else None
+    if line is not None:
+        print(line, flush=True)
 
 
 def _describe(run: Run) -> str:
@@ -260,7 +268,7 @@ def _finish(run: Run) -> None:
     result = run.held_out
     run.recorder.say(f"done: {run.progress.step} steps, validation loss {result.loss:.4f}, perplexity "
                      f"{result.perplexity:.2f} per token\nrun folder {run.folder}\nnext: {program()} generate {run.folder} "
-                     f"--prompt \"def \"   or   {program()} evaluate {run.folder}"
+                     f"--prompt \"def \"   or   {program()} evaluate {run.folder}   or   {program()} report {run.folder}"
                      + (f"\nall phases had been done; to train on: {train_on(run.folder)}" if nothing_to_do else ""))
 
 

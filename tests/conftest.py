@@ -29,6 +29,13 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def watched(cache, tmp_path_factory):
+    """The run folder of `tests.watched_run`, trained when a test first wants it; not to be changed."""
+    from tests.watched_run import watched_run
+    return watched_run(tmp_path_factory.mktemp("watched"), cache)
+
+
 @pytest.fixture
 def one_thread():
     """Two threads that meet after every small operation take ten times as long as one on a busy machine."""

@@ -5,9 +5,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "moedist"
 ROOMS = ["__main__", "cli", "commands", "compressing", "huggingface", "bench", "trainer", "evaluate", "generate",
-         "inspect_run", "show_probe", "show_links", "show_plan", "phases", "coordinator", "links", "neurons", "monitor",
-         "checkpoint", "engine", "data", "model", "dispatch", "compress", "routing", "placement", "world", "islands",
-         "timing", "rendezvous", "faults", "mpi", "liveness", "config", "errors"]  # top to bottom
+         "inspect_run", "show_probe", "show_links", "show_plan", "report", "phases", "coordinator", "links", "neurons",
+         "monitor", "checkpoint", "engine", "data", "model", "dispatch", "compress", "routing", "placement", "world",
+         "islands", "timing", "rendezvous", "faults", "mpi", "liveness", "config", "errors"]  # top to bottom
 PURE = ["compress", "routing", "placement"]  # no process groups, no files
 
 

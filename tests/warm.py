@@ -65,6 +65,7 @@ def serve() -> None:
     import moedist.evaluate
     import moedist.generate
     import moedist.inspect_run
+    import moedist.report
     import moedist.trainer  # noqa: F401
     for line in sys.stdin:
         order = json.loads(line)

@@ -2,7 +2,8 @@
 
     config.yaml     the resolved configuration       metrics.jsonl   one object per logged step or evaluation
     tokenizer.json  the tokenizer                    plans.jsonl     one object per plan, with its first step
-    ranks.json      what was measured of every rank  compression-00000100.json   what became of every expert
+    loads.jsonl     rows of every expert, the same   compression-00000100.json   what became of every expert
+    ranks.json      what was measured of every rank
     checkpoints/step-00000100/...                    compression-00000100.npz    what became of every neuron, see below
         *.distcp    the tensors, by rank             .metadata, meta.json, hashes.json   index, facts, content hashes
 
@@ -29,7 +30,9 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.loads_file = self.path / "loads.jsonl"
         self.plans_file = self.path / "plans.jsonl"
+        self.profile_folder = self.path / "profile"
         self.ranks_file = self.path / "ranks.json"
         self.checkpoints = self.path / "checkpoints"
 
@@ -105,18 +108,22 @@ class RunFolder:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop metric lines beyond `step`, which a resumed run writes again; a line cut short by a kill goes too."""
-        if not self.metrics_file.is_file():
-            return
-        kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue
-        part = self.metrics_file.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(self.metrics_file)
+        for file in (self.metrics_file, self.loads_file):
+            if file.is_file():
+                _forget_after(file, step)
+
+
+def _forget_after(file: Path, step: int) -> None:
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    part = file.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(file)
 
 
 def find_run(folder: str | Path, name: str) -> RunFolder:

@@ -16,6 +16,7 @@ EXAMPLES = {
                       "  srun --mpi=pmi2 -N 2 python -m moedist bench dispatch\n",
     "bench link": "examples:\n  moedist bench link --json link.json     (as root: two namespaces and a link of 1 Gbit/s)\n"
                   "  torchrun --nnodes 2 --nproc-per-node 1 ... -m moedist bench link     (over the link between two hosts)\n",
+    "bench logging": "example:\n  torchrun --nproc-per-node 2 -m moedist bench logging --json logging.json\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
 }
 
@@ -58,6 +59,11 @@ def add(commands: argparse._SubParsersAction) -> None:
                        _bench_link, EXAMPLES["bench link"])
     link.add_argument("--steps", type=positive(int), default=10, help="measured steps of each training (default 10)")
     link.add_argument("--json", help="write the figures to this file")
+    logging = add_command(bench, "logging", "what metrics, alerts and Weights & Biases cost a training step", _bench_logging,
+                          EXAMPLES["bench logging"])
+    logging.add_argument("--steps", type=positive(int), default=60, help="measured steps (default 60)")
+    logging.add_argument("--log-every", type=positive(int), default=10, help="steps between metrics (default 10)")
+    logging.add_argument("--json", help="write the figures to this file")
 
     planner = add_command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,
                          EXAMPLES["bench planner"])
@@ -92,6 +98,11 @@ def _bench_dispatch(args: argparse.Namespace) -> None:
 def _bench_link(args: argparse.Namespace) -> None:
     from moedist.bench.slow_link import bench_slow_link
     bench_slow_link(args.steps, args.json)
+
+
+def _bench_logging(args: argparse.Namespace) -> None:
+    from moedist.bench.logging import bench_logging
+    bench_logging(args.steps, args.log_every, args.json)
 
 
 def _bench_planner(args: argparse.Namespace) -> None:

@@ -27,6 +27,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--resume", nargs="?", const="newest", metavar="RUN",
                        help="go on with this run folder; without RUN, with the newest run of the configuration's name; "
                             "auto: with that where there is one, else start afresh (for jobs that are requeued)")
+    train.add_argument("--profile", metavar="steps=FIRST-LAST",
+                       help="trace these steps on every rank, such as steps=10-15 (the same as monitor.profile=10-15)")
     train.add_argument("--check", action="store_true", help="check the configuration for this number of ranks and stop")
     train.add_argument("--ranks", type=int, help="with --check: number of ranks (default: as launched)")
 
@@ -52,6 +54,8 @@ def _keys_help() -> str:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.profile is not None:
+        args.overrides.append(f"monitor.profile={args.profile.removeprefix('steps=')}")
     if args.config is None and args.resume in (None, "newest", "auto"):
         raise ConfigError("no configuration given; try: moedist train configs/quickstart.yaml, or --resume RUN_FOLDER")
     if args.check and args.config is None:

@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses (`schema`), read from YAML and overrides (`load`), checked (`check`)."""
 
-from moedist.config.check import check_config
+from moedist.config.check import check_config, profile_steps
 from moedist.config.load import (
     compress_config, compress_options, config_from_dict, describe_keys, load_config, load_dataclass, phases_override, to_yaml,
 )
@@ -14,5 +14,5 @@ __all__ = [
     "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "ModelConfig",
     "MonitorConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig", "check_config", "compress_config",
     "compress_options", "config_from_dict", "describe_keys", "for_ranks", "key", "load_config", "load_dataclass",
-    "number_islands", "phases_override", "to_yaml",
+    "number_islands", "phases_override", "profile_steps", "to_yaml",
 ]

@@ -29,15 +29,19 @@ CHOICES = {
     "engine.name": ("torch", "deepspeed"),
     "engine.offload": ("none", "cpu"),
     "monitor.wandb": ("auto", "online", "offline", "disabled"),
+    "monitor.output": ("auto", "plain", "quiet", "json"),
+    "monitor.on_non_finite": ("stop", "skip"),
     "resume": ("never", "auto"),
 }
 POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
             "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
-            "train.accumulate", "train.lr", "train.expert_lr_ratio", "world.timeout_s", "world.rendezvous_timeout_s", "monitor.log_every",
-            "checkpoint.keep", "placement.probe_s", "dispatch.overlap_chunks")
+            "train.accumulate", "train.lr", "train.expert_lr_ratio", "world.timeout_s", "world.rendezvous_timeout_s",
+            "monitor.log_every", "monitor.dead_after", "monitor.slow_rank", "checkpoint.keep", "placement.probe_s",
+            "dispatch.overlap_chunks")
 NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
                 "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",
                 "train.clip", "train.eval_every", "checkpoint.every", "checkpoint.keep_best", "model.init_std",
+                "monitor.layer_keys", "monitor.max_skips", "monitor.loss_spike", "monitor.disk_gib",
                 "placement.max_copies", "placement.hot_copies", "placement.replan_every", "placement.tolerance")
 FRACTIONS = ("data.valid_fraction", "model.dropout", "train.beta1", "train.beta2")  # [0, 1)
 
@@ -59,6 +63,22 @@ def check_config(config: Config, world_size: int) -> None:
     _check_ranks(config, world_size)
     _check_transport(config)
     _check_checkpoint(config)
+    profile_steps(config.monitor.profile)
+
+
+def profile_steps(text: str | None) -> range:
+    """The steps that `monitor.profile` asks for, from 1; none where it is null.
+
+    Raises:
+        ConfigError: it is not of the form FIRST-LAST.
+    """
+    if text is None:
+        return range(0)
+    first, dash, last = str(text).partition("-")
+    last = last if dash else first
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ConfigError(f"monitor.profile is {text!r}; give steps from 1, such as 10-15 or 12")
+    return range(int(first), int(last) + 1)
 
 
 def _check_transport(config: Config) -> None:

@@ -186,9 +186,21 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class MonitorConfig:
     log_every: int = key(10, "steps between log lines")
+    output: str = key("auto", "what is printed: auto (a progress bar on a terminal, and lines), plain (lines), quiet (warnings "
+                              "and alerts), or json (one object a line)")
+    layer_keys: int = key(64, "most metrics of single layers; with more layers, so many of them, evenly spread")
     wandb: str = key("auto", "auto (online with a key, else offline), online, offline or disabled")
     project: str = key("moedist", "Weights & Biases project")
-    group: Optional[str] = key(None, "Weights & Biases group")
+    group: Optional[str] = key(None, "Weights & Biases group (null: that of the sweep, else the run's name)")
+    wandb_ranks: bool = key(False, "one more Weights & Biases run for every rank but the first, grouped by the run folder")
+    artifacts: bool = key(False, "send checkpoints to Weights & Biases as artifacts")
+    profile: Optional[str] = key(None, "steps to trace, such as 10-15: a torch profiler trace a rank and a table of all")
+    on_non_finite: str = key("stop", "when the loss or a gradient is not finite: stop, or skip (the step is left out)")
+    max_skips: int = key(10, "skipped steps in a row after which the run stops all the same")
+    loss_spike: float = key(0.5, "alert when the loss of a step is so many nats above its running median (0: never)")
+    dead_after: int = key(200, "steps without a row after which an expert is called dead")
+    slow_rank: float = key(2.0, "alert when the experts of a rank take so many times what the plan predicts")
+    disk_gib: float = key(1.0, "alert when the run folder's disk has fewer GiB free, or room for fewer than two checkpoints")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moedist.model import Batch, LayerReport, Transformer, next_token_loss_sum
+from moedist.timing import region
 
 Reports = dict[int, LayerReport]  # of every MoE layer
 
@@ -29,7 +30,8 @@ def hidden_states(model: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[t
 
 def loss_sum(hidden_GSD: torch.Tensor, head_VD: torch.Tensor, targets_GS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum over all tokens of a batch."""
-    return next_token_loss_sum(hidden_GSD.flatten(0, 1).to(dtype), head_VD, targets_GS.flatten())
+    with region("dense"):
+        return next_token_loss_sum(hidden_GSD.flatten(0, 1).to(dtype), head_VD, targets_GS.flatten())
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ FIRST_SCALE, GROWTH_STEPS = 2.0**15, 2000  # float16 loss scaling, as torch.amp.
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global gradient norm before clipping, whether the step was skipped (float16 overflow), and the summed extras."""
+    """Global gradient norm before clipping, whether the step was skipped (it is not finite), and the summed extras."""
 
     grad_norm: float
     skipped: bool
@@ -111,7 +111,7 @@ class Engine(ABC):
         square = packed[:2].sum().item()
         norm = math.sqrt(square) / self.scale if math.isfinite(square) else math.inf
         factor = 1 / self.scale
-        skipped = self._adjust_scale(norm)
+        skipped = self._adjust_scale(norm) or not math.isfinite(norm)  # one such step would spoil all weights
         if skipped:
             self._discard_dense()
         else:

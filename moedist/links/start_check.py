@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from typing import Callable, Optional
+
 from moedist.dispatch import Transport
 from moedist.errors import WorldError
 from moedist.links.facts import LinkFacts, megabytes, uneven_links, wrong_text
@@ -23,12 +25,17 @@ def link_test_wanted(world: World, setting: bool | str) -> bool:
     return setting is True or len(set(world.islands)) > 1 or world.carrier == "mpi"
 
 
-def check_links(world: World, transport: Transport, patience_s: float = PATIENCE_S) -> list[LinkFacts]:
+def check_links(world: World, transport: Transport, patience_s: float = PATIENCE_S,
+                say: Optional[Callable[[str], None]] = None) -> list[LinkFacts]:
     """Test links between islands, or between all ranks where there is one island, and say what was seen. Collective.
+
+    Args:
+        say: is told, on every rank; None: `world.say`.
 
     Raises:
         WorldError: rows are changed on their way, or do not arrive; names links, and is the same on every rank.
     """
+    say = say or world.say
     start, several = time.perf_counter(), len(set(world.islands)) > 1
     hosts = world.gather_objects(Peer.here().host)
     pairs = choose_pairs(world.islands, hosts, MOST_PAIRS, between=several)
@@ -39,8 +46,8 @@ def check_links(world: World, transport: Transport, patience_s: float = PATIENCE
         by_ranks = {(f.source, f.target): f for f in facts}
         suspects = [(a, b) for a, b in pairs if uneven_links([by_ranks[a, b], by_ranks[b, a]])]
         for line in uneven_links(measure_links(world, transport, suspects, AGAIN, patience_s)):
-            world.say(f"warning: {line}")
+            say(f"warning: {line}")
     speeds = sorted(facts, key=lambda f: f.bytes_per_s)
-    world.say(f"links {'between islands ' if several else ''}tested in {time.perf_counter() - start:.2f} s: all bytes arrive "
+    say(f"links {'between islands ' if several else ''}tested in {time.perf_counter() - start:.2f} s: all bytes arrive "
         f"as they were sent, {megabytes(speeds[0])} to {megabytes(speeds[-1])} MB/s one way on {len(pairs)} of them")
     return facts

@@ -6,7 +6,7 @@ G sequences of S tokens on this rank, T = G*S, D width, E experts.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Callable
 
@@ -17,7 +17,7 @@ from moedist.dispatch import AnyDispatcher
 from moedist.model.bank import Bank
 from moedist.model.feed_forward import FeedForward
 from moedist.routing import Assignment, Router, RouterInput, balance_loss_sum
-from moedist.timing import Meter
+from moedist.timing import Meter, region
 
 Watch = Callable[[torch.Tensor, torch.Tensor, list[int], Assignment], torch.Tensor]
 
@@ -73,19 +73,26 @@ class MoELayer(nn.Module):
     def forward(self, inputs: RouterInput) -> tuple[torch.Tensor, LayerReport]:
         """([G, S, D] output, report). Every rank must call it, with zero sequences too."""
         x_GSD = inputs.x_GSD
-        routed = self.router(inputs)
+        with region("route"):
+            routed = self.router(inputs)
         source = x_GSD if routed.mix_in is None else routed.mix_in.to(x_GSD.dtype) @ x_GSD
         timed = functools.partial(self.meter.expert, self.bank.layer) if self.meter and self.training else nullcontext
 
+        named = ExitStack()  # the region until experts start, and again when they are done
+
         def experts(rows_RD: torch.Tensor, counts_L: list[int]) -> torch.Tensor:
+            named.close()
             results = self.bank(rows_RD, counts_L, timed)
+            named.enter_context(region("combine"))
             return results if self.watch is None else self.watch(rows_RD, results, counts_L, routed)
 
+        named.enter_context(region("dispatch"))
         dispatcher = self.dispatcher if self.watch is None else self.dispatcher.plain
         finish, loads = dispatcher.run(source.flatten(0, 1), routed.token_ids_N, routed.expert_ids_N, routed.weights_N,
                                        routed.demand_E, experts)
         shared = None if self.shared is None else self.shared(x_GSD)  # while rows travel back
         y = finish().view_as(source)
+        named.close()
         if routed.mix_out is not None:
             y = routed.mix_out.to(y.dtype) @ y
         if shared is not None:

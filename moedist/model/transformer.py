@@ -25,7 +25,7 @@ from moedist.model.initialise import fill_normal
 from moedist.model.moe import LayerReport, MoELayer
 from moedist.placement import Plan
 from moedist.routing import RouterInput, build_router, mix_seeds
-from moedist.timing import Meter
+from moedist.timing import Meter, region
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,16 @@ class Block(nn.Module):
 
     def forward(self, x_GSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ids_GS: torch.Tensor,
                 keys_GS: torch.Tensor, seed: int) -> tuple[torch.Tensor, LayerReport | None]:
-        x = x_GSD + self._drop(self.attention(self.attention_norm(x_GSD), cos, sin))
-        normed, report = self.ffn_norm(x), None
+        with region("dense"):
+            x = x_GSD + self._drop(self.attention(self.attention_norm(x_GSD), cos, sin))
+            normed, report = self.ffn_norm(x), None
         if isinstance(self.ffn, MoELayer):
             if torch.is_autocast_enabled(x.device.type):  # dispatch moves rows in the compute dtype
                 normed = normed.to(torch.get_autocast_dtype(x.device.type))
             y, report = self.ffn(RouterInput(normed, ids_GS, keys_GS, seed, self.training))
         else:
-            y = self.ffn(normed)
+            with region("dense"):
+                y = self.ffn(normed)
         return x + self._drop(y), report
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,114 +1,136 @@
-"""Rank 0's outlet: JSONL in the run folder, Weights & Biases, a progress bar on a terminal and plain lines elsewhere."""
+"""Rank 0's outlet: JSONL in the run folder, Weights & Biases, and the terminal."""
 
 from __future__ import annotations
 
 import json
-import netrc
-import os
-import secrets
-import sys
-import time
-from typing import Any
+import math
+from pathlib import Path
+from typing import Any, Mapping, Sequence
 
+import torch
 from tqdm import tqdm
 
 from moedist.checkpoint import RunFolder
-from moedist.config import Config, MonitorConfig
-from moedist.errors import ConfigError
+from moedist.config import Config
+from moedist.monitor.alerts import Alert
+from moedist.monitor.balance import spread_evenly
+from moedist.monitor.display import Display
 from moedist.monitor.metrics import is_declared
+from moedist.monitor.origin import origin
+from moedist.monitor.wandb_run import WandbRun, wandb_mode
+from moedist.placement import Plan
+
+MOST_LOADS = 4096  # numbers of a line of loads.jsonl
 
 
 class Recorder:
-    """Records metrics and shows progress on rank 0; on other ranks every call is a no-op."""
+    """Records metrics, plans and alerts and shows progress on rank 0; on other ranks every call is a no-op, but for what
+    `monitor.wandb_ranks` sends from each.
 
-    def __init__(self, config: Config, run: RunFolder, is_main: bool, total_steps: int, first_step: int = 0):
-        self.active, self.total = is_main, total_steps
-        self._started, self._first = time.monotonic(), first_step
-        self._file = self._wandb = self._bar = None
-        if is_main:
-            self._file = open(run.metrics_file, "a", encoding="utf-8", buffering=1)  # a line is on disk when it is written
-            self._wandb = start_wandb(config, run)
-            if sys.stderr.isatty():
-                self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+    Args:
+        ranks: of every rank where it runs, such as "node7, cuda:1".
+    """
+
+    def __init__(self, config: Config, run: RunFolder, rank: int, total_steps: int, first_step: int = 0,
+                 ranks: Sequence[str] = ()):
+        self.active, self.total, self.ranks, self._folder = rank == 0, total_steps, list(ranks), run
+        self._tokens = config.train.batch * config.data.sequence_length
+        self._file = self._loads = self._wandb = self._display = None
+        mode = wandb_mode(config.monitor)
+        facts = {**origin(), "devices": self.ranks, "run_folder": str(run.path)}
+        if self.active:
+            # a line is on disk when it is written
+            self._file, self._loads = (open(path, "a", encoding="utf-8", buffering=1)
+                                       for path in (run.metrics_file, run.loads_file))
+            self._display = Display(config.monitor.output, total_steps, first_step)
+            if mode != "disabled":
+                self._wandb = WandbRun(config, run, mode, facts)
+        elif config.monitor.wandb_ranks and mode != "disabled":
+            self._wandb = WandbRun(config, run, mode, facts, rank)
+
+    def rank_name(self, rank: int) -> str:
+        """rank 3 (node7, cuda:1)"""
+        return f"rank {rank} ({self.ranks[rank]})" if rank < len(self.ranks) else f"rank {rank}"
 
     def say(self, text: str) -> None:
         """A line for people."""
         if self.active:
-            if self._bar is not None:
-                self._bar.write(text, file=sys.stdout)
-            else:
-                print(text, flush=True)
+            self._display.say(text)
 
-    def tick(self, step: int) -> None:
+    def tick(self, step: int, phase: str = "", facts: Mapping[str, str] | None = None) -> None:
         """Move the progress bar, if there is one."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+        if self.active:
+            self._display.tick(step, phase, facts or {})
 
     def bar(self, **options: Any) -> tqdm:
         """A progress bar for something beside the steps; silent where it is not a terminal, and on other ranks."""
-        shown = self.active and sys.stderr.isatty()
-        return tqdm(**{**options, "disable": not shown})
+        return self._display.bar(**options) if self.active else tqdm(**{**options, "disable": True})
 
-    def record(self, step: int, values: dict[str, float], line: str | None = None) -> None:
+    def eta(self, step: int) -> str:
+        """Time left at the mean pace so far, as h:mm:ss."""
+        return self._display.eta(step) if self.active else ""
+
+    def record(self, step: int, values: Mapping[str, float | str], line: str | None = None) -> None:
         """Write metrics of `step` (all declared in `METRICS`) everywhere, and `line` for people."""
         if not self.active:
             return
         undeclared = [name for name in values if not is_declared(name)]
         assert not undeclared, f"metrics without a declaration: {sorted(undeclared)}"
+        # JSON has no word for what is not finite
+        values = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
-        if line:
-            self.say(line)
+            self._wandb.log(step, {name: value for name, value in values.items() if value is not None})
+        self._display.metrics(step, values, line)
 
-    def eta(self, step: int) -> str:
-        """Time left at the mean pace so far, as h:mm:ss."""
-        done = step - self._first
-        left = (time.monotonic() - self._started) / max(done, 1) * (self.total - step)
-        return f"{int(left // 3600)}:{int(left // 60) % 60:02d}:{int(left) % 60:02d}"
+    def record_rank(self, step: int, values: Mapping[str, float]) -> None:
+        """Send what this rank, not rank 0, did to its own Weights & Biases run, if it has one."""
+        if not self.active and self._wandb is not None:
+            self._wandb.log(step, values)
+
+    def record_loads(self, step: int, sums: Mapping[int, torch.Tensor]) -> None:
+        """Write rows of every expert since the last time, [E] by layer; of so many layers that a line stays short."""
+        if self.active and sums:
+            most = max(1, MOST_LOADS // max(len(load_E) for load_E in sums.values()))
+            loads = {i: sums[i].tolist() for i in spread_evenly(sorted(sums), most)}
+            self._loads.write(json.dumps({"step": step, "loads": loads}, separators=(",", ":")) + "\n")
+
+    def record_plan(self, step: int, plan: Plan) -> None:
+        """Add the plan in force to the run folder's list of plans."""
+        if self.active:
+            with open(self._folder.plans_file, "a", encoding="utf-8") as file:
+                file.write(f'{{"step":{step},"plan":{plan.to_json()}}}\n')
+            if self._wandb is not None:
+                self._wandb.plan(step, plan)
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether there is somebody who shows pictures: without, they are not worth drawing."""
+        return self.active and self._wandb is not None
+
+    def record_pictures(self, step: int, paths: list[Path]) -> None:
+        """Send pictures to Weights & Biases."""
+        if self.active and self._wandb is not None:
+            self._wandb.pictures(step, paths)
+
+    def record_checkpoint(self, path: Path) -> None:
+        """Send a complete checkpoint to Weights & Biases, where the configuration wants it."""
+        if self.active and self._wandb is not None:
+            self._wandb.checkpoint(path)
+
+    def alert(self, step: int, alert: Alert) -> None:
+        """Tell people, the JSONL and Weights & Biases that something wants looking at."""
+        if self.active:
+            self._file.write(json.dumps({"step": step, "alert": alert.kind, "text": alert.text}) + "\n")
+            self._display.alert(step, alert.kind, alert.text)
+            if self._wandb is not None:
+                self._wandb.alert(alert.kind, alert.text, alert.fatal)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._display is not None:
+            self._display.close()
         if self._wandb is not None:
             self._wandb.finish()
-        if self._file is not None:
-            self._file.close()
-
-
-def wandb_mode(config: MonitorConfig) -> str:
-    """online, offline or disabled; `auto` goes online only where a key is set, and $WANDB_MODE is obeyed."""
-    if config.wandb != "auto":
-        return config.wandb
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    try:
-        return "online" if netrc.netrc().authenticators("api.wandb.ai") else "offline"
-    except (OSError, netrc.NetrcParseError):
-        return "offline"
-
-
-def start_wandb(config: Config, run: RunFolder) -> Any:
-    """The W&B run of this folder, continued where there was one; None when disabled."""
-    mode = wandb_mode(config.monitor)
-    if mode == "disabled":
-        return None
-    import dataclasses
-
-    import wandb  # seconds to import, so only when used
-
-    id_file = run.path / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    settings = wandb.Settings(silent=True, console="off", x_disable_stats=mode == "offline")
-    try:
-        started = wandb.init(project=config.monitor.project, group=config.monitor.group, name=run.path.name, mode=mode,
-                             id=id_file.read_text(encoding="utf-8").strip(), resume="allow", dir=str(run.path),
-                             config=dataclasses.asdict(config), settings=settings)
-    except wandb.Error as error:
-        raise ConfigError(f"Weights & Biases cannot start ({mode}): {' '.join(str(error).split())[:200]}; set "
-                          "monitor.wandb=offline or monitor.wandb=disabled") from error
-    started.define_metric("*", step_metric="train/tokens")
-    return started
+        for file in (self._file, self._loads):
+            if file is not None:
+                file.close()

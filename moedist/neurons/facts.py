@@ -153,7 +153,11 @@ def curve_facts(history: Sequence[tuple[int, NeuronRecord]], calibration: Calibr
     if not history:
         fisher = calibration.fisher.sort(descending=True).values.tolist()
         return {"step": None, "fisher": fisher, "kept": [True] * len(fisher)}
-    step, record = history[-1]
+    return curve_of(*history[-1])
+
+
+def curve_of(step: int, record: NeuronRecord) -> dict[str, Any]:
+    """Fisher scores of an expert's neurons before a compression, falling, with which of them it kept."""
     kept = set(record.kept.tolist())
     pairs = sorted(zip(record.fisher.tolist(), record.neurons.tolist()), key=lambda pair: (-pair[0], pair[1]))
     return {"step": step, "fisher": [f for f, _ in pairs], "kept": [n in kept for _, n in pairs]}

@@ -45,6 +45,23 @@ def draw(found: Facts, folder: Path) -> list[Path]:
     return paths
 
 
+def draw_compression(experts: Sequence[Facts], folder: Path, title: str) -> list[Path]:
+    """Write the pictures of one compression; returns their paths.
+
+    Args:
+        experts: what became of each: layer, expert, hidden, hidden_before, and "curve" (see `curve_of`) where neurons were
+            chosen.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"experts": experts}
+    figures = {"widths": widths(found, title)}
+    if all("curve" in e for e in experts):
+        figures["fisher"] = fisher(found, title)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=DPI, bbox_inches="tight")
+    return [folder / f"{name}.png" for name in figures]
+
+
 def widths(found: Facts, title: str) -> Figure:
     """Kept neurons by layer and expert."""
     by_layer = _by_layer(found)

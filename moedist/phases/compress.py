@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from moedist.config import CompressConfig, Config, compress_config
@@ -37,7 +39,7 @@ def compress_phase(run: Run, value: dict[str, Any]) -> None:
     run.experts_changed()
     result = run.held_out = _evaluate(run)
     run.evaluated_at = run.progress.step
-    run.recorder.record(run.progress.step, {
+    run.record({
         "compress/ratio": shrunk.ratio, "compress/bytes": sum(s.bytes for s in shrunk.summaries),
         "compress/seconds": time.perf_counter() - start, "valid/loss": result.loss, "valid/perplexity": result.perplexity,
     }, f"step {run.progress.step:>6}  valid loss {before:.4f} -> {result.loss:.4f}, perplexity {result.perplexity:.2f} after "
@@ -47,8 +49,21 @@ def compress_phase(run: Run, value: dict[str, Any]) -> None:
         if shrunk.records:
             write_records(run.folder.neurons_file(run.progress.step), shrunk.records)
         path.write_text(json.dumps(summaries_json(shrunk, c, run.progress.step), indent=1), encoding="utf-8")
+        if run.recorder.shows_pictures:
+            run.recorder.record_pictures(run.progress.step, _draw(run, shrunk, c.method))
     run.progress.phase, run.progress.phase_step = run.progress.phase + 1, 0  # a resumed run goes on behind this phase
     run.save(again=True)
+
+
+def _draw(run: Run, shrunk: Shrunk, method: str) -> list[Path]:
+    """Pictures of what was kept, in the run folder."""
+    from moedist.neurons.facts import curve_of
+    from moedist.neurons.pictures import draw_compression  # matplotlib takes a second
+    step = run.progress.step
+    curves = {key: {"curve": curve_of(step, record)} for key, record in shrunk.records.items()}
+    experts = [{**asdict(s), **curves.get((s.layer, s.expert), {})} for s in shrunk.summaries]
+    return draw_compression(experts, run.folder.path / "pictures" / f"compression-{step:08d}",
+                            f"{run.folder.path.name}, {method} after step {step}")
 
 
 def compress_experts(run: Run, c: CompressConfig) -> Shrunk:

@@ -6,10 +6,12 @@ import math
 from typing import Callable, Iterable, NamedTuple
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from moedist.data import EvalStream
 from moedist.engine import forward_loss
 from moedist.model import Batch, Transformer
+from moedist.monitor import RoutingMemory
 from moedist.placement import equal_counts
 from moedist.world import World
 
@@ -17,10 +19,12 @@ EVAL_SEED = 0  # routers that draw experts at random draw the same in every eval
 
 
 class HeldOut(NamedTuple):
-    """Mean loss in nats per token, and the number of tokens it is a mean of."""
+    """Mean loss in nats per token, the number of tokens it is a mean of, and the share of the routing of the evaluation
+    before that is unchanged, where that is known."""
 
     loss: float
     tokens: int
+    stability: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -29,21 +33,39 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def held_out_loss(model: Transformer, stream: EvalStream, world: World, dtype: torch.dtype,
-                  sequences: int = 16, progress: Callable[[range], Iterable[int]] = iter) -> HeldOut:
+                  sequences: int = 16, progress: Callable[[range], Iterable[int]] = iter,
+                  routing: RoutingMemory | None = None) -> HeldOut:
     """Loss on every token of `stream`, `sequences` at a time over all ranks.
 
     Every rank makes the same number of forward passes; sums are divided once, so uneven ranks do not bias the mean.
+
+    Args:
+        routing: remembers where the tokens of the first pass go, for the next evaluation.
     """
     was_training = model.training
     model.eval()
     counts = equal_counts(sequences, world.size)
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
+    hooks = _remember(model, routing)
     for first in progress(range(0, stream.sequences, sequences)):
         offset = first + sum(counts[:world.rank])
         inputs, targets = stream.batch(offset, counts[world.rank])
         keys = (offset + torch.arange(len(inputs))).unsqueeze(1) * inputs.shape[1] + torch.arange(inputs.shape[1])
         sums[0] += forward_loss(model, Batch(inputs, keys, EVAL_SEED), targets, world.device, dtype)[0].item()
         sums[1] += (targets >= 0).sum()  # padding is negative
+        while hooks:
+            hooks.pop().remove()
+    if routing is not None:
+        sums[2], sums[3] = routing.compare()
     world.all_reduce_(sums)
     model.train(was_training)
-    return HeldOut(sums[0].item() / max(sums[1].item(), 1), int(sums[1]))
+    kept, pairs = sums[2:].tolist()
+    return HeldOut(sums[0].item() / max(sums[1].item(), 1), int(sums[1]), kept / pairs if pairs else None)
+
+
+def _remember(model: Transformer, routing: RoutingMemory | None) -> list[RemovableHandle]:
+    """Let every router show its routing to `routing` until the handles are removed."""
+    if routing is None:
+        return []
+    return [moe.router.register_forward_hook(lambda router, _, routed, layer=i: routing.note(layer, routed, router.experts))
+            for i, moe in model.moe_layers()]

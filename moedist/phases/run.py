@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
@@ -15,10 +15,12 @@ from moedist.coordinator import Coordinator, RankTimes, migrate, plan_again
 from moedist.data import EvalStream, TrainStream
 from moedist.engine import Engine
 from moedist.errors import CheckpointError
-from moedist.model import ExpertForm, Transformer
+from moedist.model import Batch, ExpertForm, Transformer
 from moedist.monitor import Recorder
 from moedist.phases.evaluation import HeldOut
-from moedist.placement import Plan
+from moedist.phases.watch import Watch, moved_placements
+from moedist.placement import Plan, split_batch
+from moedist.routing import mix_seeds
 from moedist.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -65,9 +67,46 @@ class Run:
     evaluated_at: int | None = None  # the step that it is of
     signals: "Signals" = field(default_factory=lambda: Signals())
     saver: Saver = field(init=False)
+    watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.folder, self.world, self.config.checkpoint.keep, self.config.checkpoint.keep_best)
+        self.watch = Watch(self)
+
+    @property
+    def tokens_read(self) -> int:
+        """Training tokens since the start, over all ranks: the x-axis of every metric."""
+        return self.progress.sequences * self.config.data.sequence_length
+
+    @property
+    def phase_name(self) -> str:
+        """train 1/3"""
+        i = min(self.progress.phase, len(self.config.phases) - 1)
+        return f"{next(iter(self.config.phases[i]))} {i + 1}/{len(self.config.phases)}"
+
+    def batches(self, step: int, sequences: int) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """This rank's part of every forward pass of a step, and its targets.
+
+        Args:
+            step: steps done before it; sequences: training sequences read before it.
+        """
+        config, length = self.config, self.config.data.sequence_length
+        part = config.train.batch // config.train.accumulate
+        counts = split_batch(part, self.plan.batch_shares)
+        offset, mine = sum(counts[:self.world.rank]), counts[self.world.rank]
+        torch.manual_seed(mix_seeds(config.seed, step, self.world.rank))  # dropout: a resumed run draws the same
+        for first in range(offset, config.train.batch + offset, part):
+            inputs, targets = self.train_stream.batch(sequences + first, mine)
+            keys = torch.arange(first, first + mine).unsqueeze(1) * length + torch.arange(length)
+            yield Batch(inputs, keys, mix_seeds(config.seed, step)), targets
+
+    def batches_before(self) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Those of the step that was just done."""
+        return self.batches(self.progress.step - 1, self.progress.sequences - self.config.train.batch)
+
+    def record(self, values: dict[str, float | str], line: str | None = None) -> None:
+        """Record metrics of the step that the run stands at, and `line` for people."""
+        self.recorder.record(self.progress.step, {"train/tokens": float(self.tokens_read), **values}, line)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +165,9 @@ class Run:
             if saved.failure:
                 self.recorder.say(f"warning: {saved.failure}")
                 continue
-            self.recorder.record(self.progress.step, {
+            self.watch.checkpoint_bytes = saved.bytes
+            self.recorder.record_checkpoint(saved.path)
+            self.record({
                 "checkpoint/blocked_ms": 1e3 * saved.blocked_s, "checkpoint/seconds": saved.seconds,
                 "checkpoint/bytes": saved.bytes}, f"checkpoint {saved.path}")
 
@@ -141,8 +182,7 @@ class Run:
             plan, lines = self.coordinator.finish_replan(self.plan)
             if plan.sha256 != self.plan.sha256:
                 migrate(self.world, self.engine, plan)
-                self.plan = plan
-                self.note_plan()
+                self.take_up(plan)
             for line in lines:
                 self.recorder.say(f"step {self.progress.step:>6}  {line}")
         every = self.config.placement.replan_every
@@ -161,15 +201,18 @@ class Run:
                           forms, self.recorder.say)
         if plan.sha256 != self.plan.sha256:
             moved = migrate(self.world, self.engine, plan)
-            self.plan = plan
-            self.note_plan()
+            self.take_up(plan)
             self.recorder.say(f"step {self.progress.step:>6}  re-plan after compression: {moved} experts moved")
 
-    def note_plan(self) -> None:
-        """Add the plan in force to the run folder's list of plans."""
-        if self.world.is_main:
-            with open(self.folder.plans_file, "a", encoding="utf-8") as file:
-                file.write(f'{{"step":{self.progress.step},"plan":{self.plan.to_json()}}}\n')
+    def take_up(self, plan: Plan) -> None:
+        """From now on this plan is in force; experts are where it says."""
+        moved, self.plan = moved_placements(self.plan, plan), plan
+        self.note_plan(moved)
+
+    def note_plan(self, moved: int = 0) -> None:
+        """Record the plan in force, by which so many placements are new."""
+        self.watch.plan_changed(moved)
+        self.recorder.record_plan(self.progress.step, self.plan)
 
 
 class Signals:

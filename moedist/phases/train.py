@@ -12,13 +12,14 @@ import torch
 from moedist.coordinator import RankTimes
 from moedist.engine import learning_rate
 from moedist.errors import MoedistError
-from moedist.model import Batch, LayerReport
-from moedist.monitor import load_metrics, traffic_metrics, traffic_sums
+from moedist.model import LayerReport
+from moedist.monitor import Alert, traffic_sums
 from moedist.phases.evaluation import held_out_loss
+from moedist.phases.non_finite import find_non_finite
+from moedist.phases.profile import Profile
 from moedist.phases.run import Run
 from moedist.placement import split_batch
-from moedist.routing import mix_seeds
-from moedist.timing import StepTimes
+from moedist.timing import StepTimes, region
 
 # summed over ranks once a step, in the collective of the gradient norm
 SUMS = ("loss", "balance_loss", "z_loss", "entropy", "dropped_rows", "stop", "save", "plan", "written")
@@ -33,16 +34,22 @@ class StepReport:
         grad_norm: of dense and expert gradients together, before clipping.
         loads: rows every rank sent to every expert, [W, E], by layer.
         ranks: what every rank did, and how long it took.
-        times: of this rank, by layer.
+        rows_P: rows that each placement computed, [P], by layer.
+        times: of this rank, by layer; wall_s, waiting_s: of all the step, and of that in collectives.
         traffic: of all ranks, see `traffic_metrics`.
+        skipped: no weight has changed: gradients were not finite.
     """
 
     sums: dict[str, float]
     grad_norm: float
     loads: dict[int, torch.Tensor]
     ranks: RankTimes
+    rows_P: dict[int, torch.Tensor]
     times: StepTimes
+    wall_s: float
+    waiting_s: float
     traffic: torch.Tensor
+    skipped: bool
 
 
 class Stopped(Exception):
@@ -54,31 +61,35 @@ def train_phase(run: Run, steps: int) -> None:
 
     Raises:
         Stopped: after SIGTERM or SIGINT on any rank, with a checkpoint written.
-        MoedistError: the loss is not finite; the last good checkpoint stays.
+        MoedistError: the loss or a gradient is not finite, and `monitor.on_non_finite` is stop, or too many steps were
+            skipped; the last good checkpoint stays.
     """
     config, progress = run.config, run.progress
     run.model.train()
-    clock = _Clock()
+    watch, profile = run.watch, Profile(run)
+    watch.start(run)
+    watch.restart()
     while progress.phase_step < steps:
+        profile.before_step()
         report = train_step(run)
-        clock.steps += 1
+        profile.after_step()
+        note_step(run, report)
         sums = report.sums
         run.saving(sums["written"] == run.world.size)
-        _refuse_non_finite(run, sums["loss"], report.grad_norm)
-        run.recorder.tick(progress.step)
+        _see_to_non_finite(run, sums["loss"], report)
         last = progress.phase_step == steps
         if progress.step % config.monitor.log_every == 0 or last or sums["stop"]:
-            _log(run, report, clock)
+            log_step(run, report)
         if config.train.eval_every and progress.step % config.train.eval_every == 0 or last:
             evaluate(run)
-            clock = _Clock()
+            watch.restart()
         if sums["stop"]:
             run.save()
             raise Stopped
         if config.checkpoint.every and progress.step % config.checkpoint.every == 0 or last or sums["save"]:
             run.signals.save = False
             run.save(periodic=True)
-            clock = _Clock()
+            watch.restart()
         run.replan(report.loads, report.ranks, bool(sums["plan"]))
 
 
@@ -89,22 +100,19 @@ def train_step(run: Run) -> StepReport:
     their shares change what a part holds. All ranks make the same collective calls, zero sequences included.
     """
     config, progress, t, world = run.config, run.progress, run.config.train, run.world
-    sequence, part = config.data.sequence_length, t.batch // t.accumulate
-    counts = split_batch(part, run.plan.batch_shares)
-    offset, mine = sum(counts[:world.rank]), counts[world.rank]
+    sequence = config.data.sequence_length
+    counts = split_batch(t.batch // t.accumulate, run.plan.batch_shares)
     tokens = t.batch * sequence
     world.meter.begin(progress.step)
-    torch.manual_seed(mix_seeds(config.seed, progress.step, world.rank))  # dropout: a resumed run draws the same
     sums: dict[str, float | torch.Tensor] = dict.fromkeys(SUMS, 0.0)  # tensors until the end: one sync, not one a layer
     loads: dict[int, torch.Tensor] = {}
     demands: dict[int, torch.Tensor] = {}
     rows_P: dict[int, torch.Tensor] = {}
-    for i in range(t.accumulate):
-        inputs, targets = run.train_stream.batch(progress.sequences + i * part + offset, mine)
-        keys = torch.arange(i * part + offset, i * part + offset + mine).unsqueeze(1) * sequence + torch.arange(sequence)
-        loss, reports = run.engine.forward(Batch(inputs, keys, mix_seeds(config.seed, progress.step)), targets, run.dtype)
+    for batch, targets in run.batches(progress.step, progress.sequences):
+        loss, reports = run.engine.forward(batch, targets, run.dtype)
         sums["loss"] = sums["loss"] + loss.detach()
-        run.engine.backward((loss + _weighted_aux(run, reports, sums)) / tokens)
+        with region("backward"):
+            run.engine.backward((loss + _weighted_aux(run, reports, sums)) / tokens)
         for layer, report in reports.items():
             loads[layer] = loads.get(layer, 0) + report.load_WE
             demands[layer] = demands.get(layer, 0) + report.demand_E
@@ -116,8 +124,10 @@ def train_step(run: Run) -> StepReport:
     seconds = torch.zeros(2, world.size, dtype=torch.float64)
     seconds[:, world.rank] = torch.tensor([sum(times.expert_s.values()), times.dense_s])
     lr = learning_rate(t, progress.step, config.train_steps)
-    result = run.engine.step(lr, torch.cat([torch.tensor([float(sums[k]) for k in SUMS], dtype=torch.float64),
-                                            seconds.flatten(), traffic_sums(times.links, config.moe_layers())]))
+    packed = torch.cat([torch.tensor([float(sums[k]) for k in SUMS], dtype=torch.float64), seconds.flatten(),
+                        traffic_sums(times.links, config.moe_layers())])
+    with region("optimizer"):
+        result = run.engine.step(lr, packed)
     for layer, moe in run.model.moe_layers():
         if config.router.bias_rate:
             moe.router.update_bias(demands[layer])
@@ -128,7 +138,8 @@ def train_step(run: Run) -> StepReport:
     expert_s, dense_s = of_ranks.view(2, -1).tolist()
     ranks = RankTimes(_of_ranks(run, rows_P), [n * t.accumulate * sequence for n in counts], expert_s, dense_s,
                       _of_ranks(run, rows_P, run.coordinator.sizes.costs))
-    return StepReport(dict(zip(SUMS, summed.tolist())), result.grad_norm, loads, ranks, times, traffic)
+    return StepReport(dict(zip(SUMS, summed.tolist())), result.grad_norm, loads, ranks, rows_P, times, *world.meter.whole(),
+                      traffic, result.skipped)
 
 
 def _sum_over_islands(run: Run, *of_layers: dict[int, torch.Tensor]) -> None:
@@ -177,57 +188,62 @@ def evaluate(run: Run) -> None:
     start = time.perf_counter()
     run.evaluated_at = run.progress.step
     run.held_out = result = held_out_loss(run.model, run.valid_stream, run.world, run.dtype,
-                                          max(run.config.train.batch, run.world.size))
-    run.recorder.record(run.progress.step, {"valid/loss": result.loss, "valid/perplexity": result.perplexity},
-                        f"step {run.progress.step:>6}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
-                        f"({result.tokens} tokens, {time.perf_counter() - start:.1f} s)")
+                                          max(run.config.train.batch, run.world.size), routing=run.watch.routing)
+    values = {"valid/loss": result.loss, "valid/perplexity": result.perplexity}
+    if result.stability is not None:
+        values["moe/routing_stability"] = result.stability
+    run.record(values, f"step {run.progress.step:>6}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
+                       f"({result.tokens} tokens, {time.perf_counter() - start:.1f} s)")
 
 
-def _log(run: Run, report: StepReport, clock: "_Clock") -> None:
-    config, step, sums, loads, norm = run.config, run.progress.step, report.sums, report.loads, report.grad_norm
-    tokens, layers = config.train.batch * config.data.sequence_length, max(len(loads), 1)
-    values = {
-        "train/loss": sums["loss"] / tokens,
-        "train/grad_norm": norm,
-        "train/lr": learning_rate(config.train, step - 1, config.train_steps),
-        "train/tokens": run.progress.sequences * config.data.sequence_length,
-        "perf/step_ms": 1e3 * clock.seconds_per_step(),
-        "perf/tokens_per_s": tokens / clock.seconds_per_step(),
-    }
-    if loads:
-        rows = sum(int(load.sum()) for load in loads.values())
-        values |= {
-            "train/balance_loss": sums["balance_loss"] / tokens / layers, "train/z_loss": sums["z_loss"] / tokens / layers,
-            "moe/router_entropy": sums["entropy"] / tokens / layers,
-            "moe/dropped_fraction": sums["dropped_rows"] / max(rows + sums["dropped_rows"], 1),
-            **load_metrics(loads.values(), report.ranks.rows.values()),
-            "moe/expert_ms": 1e3 * max(report.ranks.expert_s), "moe/expert_over_mean": report.ranks.expert_over_mean,
-            **traffic_metrics(report.traffic, config.moe_layers(), run.world.size),
-        }
-    line = (f"step {step:>6}/{config.train_steps}  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
-            f"grad {norm:.2f}  {values['perf/tokens_per_s']:,.0f} tokens/s  ETA {run.recorder.eta(step)}")
-    run.recorder.record(step, values, line)
-    clock.restart()
+def note_step(run: Run, report: StepReport) -> None:
+    """Take a step into the sums that metrics are made of, look at its loss, and show it."""
+    tokens = run.config.train.batch * run.config.data.sequence_length
+    loss = report.sums["loss"] / tokens
+    run.watch.add(run, report)
+    run.watch.alert_loss(run, loss)
+    run.watch.tick(run, loss, tokens)
 
 
-def _refuse_non_finite(run: Run, loss: float, norm: float) -> None:
-    if math.isfinite(loss) and (math.isfinite(norm) or run.config.train.dtype == "float16"):
+def log_step(run: Run, report: StepReport) -> None:
+    """Record what the steps since the last time were. Every rank must call it."""
+    config, step, sums, norm, watch = run.config, run.progress.step, report.sums, report.grad_norm, run.watch
+    tokens, layers, start = config.train.batch * config.data.sequence_length, max(len(report.loads), 1), time.perf_counter()
+    values = watch.metrics(run, report)
+    if run.world.is_main:
+        loss = sums["loss"] / tokens
+        values |= {"train/loss": loss, "train/perplexity": math.exp(min(loss, 700.0)), "train/grad_norm": norm,
+                   "train/lr": learning_rate(config.train, step - 1, config.train_steps),
+                   "perf/tokens_per_s": 1e3 * tokens / values["perf/step_ms"]}
+        if report.loads:
+            rows = sum(int(load.sum()) for load in report.loads.values())
+            values |= {
+                "train/balance_loss": sums["balance_loss"] / tokens / layers, "train/z_loss": sums["z_loss"] / tokens / layers,
+                "moe/router_entropy": sums["entropy"] / tokens / layers,
+                "moe/dropped_fraction": sums["dropped_rows"] / max(rows + sums["dropped_rows"], 1)}
+        run.record(values, f"step {step:>6}/{config.train_steps}  loss {loss:.4f}  lr {values['train/lr']:.2e}  "
+                           f"grad {norm:.2f}  {values['perf/tokens_per_s']:,.0f} tokens/s  ETA {run.recorder.eta(step)}")
+    watch.logging_s = time.perf_counter() - start
+    watch.restart()
+
+
+def _see_to_non_finite(run: Run, loss: float, report: StepReport) -> None:
+    """Where the loss or a gradient is not finite: tell where that began, and stop, or go on without the step."""
+    watch, c, norm = run.watch, run.config.monitor, report.grad_norm
+    if math.isfinite(loss) and (math.isfinite(norm) or run.config.train.dtype == "float16"):  # it scales its loss by this
+        watch.skipped_in_a_row = 0
         return
     run.finish_saving()  # all ranks are here: the loss is that of all
+    where = find_non_finite(run)
+    watch.skipped, watch.skipped_in_a_row = watch.skipped + report.skipped, watch.skipped_in_a_row + 1
+    goes_on = c.on_non_finite == "skip" and report.skipped and watch.skipped_in_a_row <= c.max_skips
+    text = f"loss {loss}, gradient norm {norm}: {where.describe(run.recorder.rank_name)}"
+    run.recorder.alert(run.progress.step, Alert("not finite", text, fatal=not goes_on))
+    if goes_on:
+        run.recorder.say(f"step {run.progress.step:>6}  skipped ({watch.skipped_in_a_row} in a row, {c.max_skips} allowed)")
+        return
     steps = run.folder.steps()
     last = f"; the last checkpoint is of step {steps[-1]}" if steps else ""
-    raise MoedistError(f"step {run.progress.step}: loss {loss}, gradient norm {norm}: training has diverged{last}; lower "
-                       f"train.lr (now {run.config.train.lr:g}) or raise train.warmup_steps")
-
-
-class _Clock:
-    """Mean time of the steps since the last line."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.start, self.steps = time.perf_counter(), 0
-
-    def seconds_per_step(self) -> float:
-        return (time.perf_counter() - self.start) / max(self.steps, 1)
+    raise MoedistError(f"step {run.progress.step}: {text}{last}; training has diverged: lower train.lr (now "
+                       f"{run.config.train.lr:g}) or raise train.warmup_steps"
+                       + (f"; {watch.skipped_in_a_row - 1} steps before were skipped" if watch.skipped_in_a_row > 1 else ""))

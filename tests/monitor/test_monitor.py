@@ -1,26 +1,22 @@
-"""Metrics on loads known by hand, and what the recorder writes."""
+"""What the recorder writes and says, and where Weights & Biases goes."""
 
+import fcntl
 import json
+import math
+import os
+import struct
+import sys
+import termios
 
 import pytest
 import torch
 
 from moedist.checkpoint import RunFolder
 from moedist.config import Config, MonitorConfig
-from moedist.monitor import Recorder, load_metrics, traffic_metrics, traffic_sums
+from moedist.monitor import Alert, Recorder, traffic_metrics, traffic_sums
 from moedist.monitor.metrics import is_declared
-from moedist.monitor.recorder import wandb_mode
+from moedist.monitor.wandb_run import wandb_group, wandb_mode
 from moedist.timing import Traffic
-
-
-def test_load_metrics_by_hand():
-    # two ranks, four experts: totals 8, 4, 0, 4; rank 0 computes the first three
-    load_WE = torch.tensor([[6, 1, 0, 3], [2, 3, 0, 1]])
-    values = load_metrics([load_WE], [[12, 4]])
-    assert values == {"moe/load_imbalance": 2.0, "moe/rank_imbalance": 1.5, "moe/unused_experts": 1}
-    both = load_metrics([load_WE, torch.ones(2, 4, dtype=torch.int64)], [[12, 4], [4, 4]])
-    assert both == {"moe/load_imbalance": 1.5, "moe/rank_imbalance": 1.25, "moe/unused_experts": 1}
-    assert load_metrics([], []) == {} == load_metrics([torch.zeros(2, 4)], [[0, 0]])
 
 
 def test_traffic_metrics_by_hand():
@@ -38,9 +34,9 @@ def test_traffic_metrics_by_hand():
     assert traffic_metrics(traffic_sums({}, [0, 2]), [0, 2], 1) == {}
 
 
-def recorder(tmp_path, is_main=True):
-    config = Config(monitor=MonitorConfig(wandb="disabled"))
-    return Recorder(config, RunFolder(tmp_path), is_main, total_steps=10)
+def recorder(tmp_path, rank=0, output="auto"):
+    config = Config(monitor=MonitorConfig(wandb="disabled", output=output))
+    return Recorder(config, RunFolder(tmp_path), rank, total_steps=10, ranks=["node7, cuda:0", "node7, cuda:1"])
 
 
 def test_records_are_on_disk_at_once_and_other_ranks_write_nothing(tmp_path, capsys):
@@ -48,11 +44,54 @@ def test_records_are_on_disk_at_once_and_other_ranks_write_nothing(tmp_path, cap
     r.record(1, {"train/loss": 2.5}, "one line")
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 2.5}
     assert capsys.readouterr().out == "one line\n"
-    other = recorder(tmp_path, is_main=False)
+    other = recorder(tmp_path, rank=1)
     other.record(2, {"train/loss": 2.5}, "nothing")
     other.say("nothing")
+    other.alert(2, Alert("nothing", "nothing"))
     assert capsys.readouterr().out == "" and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
     r.close(), other.close()
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    r = recorder(tmp_path)
+    r.record(3, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/lr": 0.5})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 3, "train/loss": None, "train/grad_norm": None, "train/lr": 0.5}
+
+
+@pytest.mark.parametrize("output, expected", [
+    ("plain", ["hello", "step 1: 2.5", "warning: low", "step      1  ALERT dead experts: two"]),
+    ("quiet", ["warning: low", "step      1  ALERT dead experts: two"]),
+    ("json", [{"text": "hello"}, {"step": 1, "metrics": {"train/loss": 2.5}}, {"text": "warning: low"},
+              {"step": 1, "alert": "dead experts", "text": "two"}])])
+def test_output_modes(tmp_path, capsys, output, expected):
+    r = recorder(tmp_path, output=output)
+    r.say("hello")
+    r.record(1, {"train/loss": 2.5}, "step 1: 2.5")
+    r.tick(1, "train 1/1", {"loss": "2.500"})  # no bar where it is not a terminal
+    r.say("warning: low")
+    r.alert(1, Alert("dead experts", "two"))
+    lines = capsys.readouterr().out.splitlines()
+    assert ([json.loads(line) for line in lines] if output == "json" else lines) == expected
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) == \
+        {"step": 1, "alert": "dead experts", "text": "two"}
+
+
+def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
+    """A pseudo-terminal in place of standard error: the bar shows phase, loss, speed, memory and the slowest rank."""
+    ours, theirs = os.openpty()
+    terminal = os.fdopen(theirs, "w")
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    monkeypatch.setattr(sys, "stderr", terminal)
+    r = recorder(tmp_path)
+    r.tick(4, "train 1/3", {"loss": "2.500", "tokens/s": "1,234", "memory": "0.5 GiB", "slowest": "rank 1"})
+    r.tick(5, "train 1/3", {"loss": "2.400", "tokens/s": "1,234", "memory": "0.5 GiB", "slowest": "rank 1"})
+    r._display._bar.refresh()
+    terminal.flush()
+    shown = os.read(ours, 65536).decode()
+    r.close()
+    for word in ("train 1/3", "5/10", "loss 2.400", "tokens/s 1,234", "memory 0.5 GiB", "slowest rank 1"):
+        assert word in shown, (word, shown)
 
 
 def test_undeclared_metrics_are_a_bug(tmp_path):
@@ -69,3 +108,12 @@ def test_wandb_is_offline_without_a_key(monkeypatch, tmp_path):
     assert wandb_mode(MonitorConfig()) == "online" and wandb_mode(MonitorConfig(wandb="disabled")) == "disabled"
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_mode(MonitorConfig()) == "offline"
+
+
+def test_runs_of_a_sweep_are_grouped(monkeypatch):
+    for name in ("WANDB_RUN_GROUP", "WANDB_SWEEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert wandb_group(Config(name="small")) == "small"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert wandb_group(Config(name="small")) == "abc"
+    assert wandb_group(Config(monitor=MonitorConfig(group="mine"))) == "mine"
