@@ -25,7 +25,7 @@ class WorldConfig:
                               "list gives one per rank (cuda,cpu: rank 0 on a GPU, rank 1 on the CPU)")
     timeout_s: float = key(300.0, "seconds a collective waits for a silent rank before the run ends with an error")
     transport: str = key("auto", "what carries rows between ranks: torchdist (torch.distributed: the vendor's library "
-                                 "where all ranks share one, else gloo), mpi (through host memory; needs mpirun or srun "
+                                 "where all ranks share one, else gloo), mpi (by host memory; needs mpirun or srun "
                                  "--mpi=...), islands (the native library inside an island, host memory between), or "
                                  "auto (islands where there are several; else mpi where mpirun started ranks with a core "
                                  "each, without a common vendor's library; else torchdist)")
