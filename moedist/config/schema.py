@@ -25,10 +25,10 @@ class WorldConfig:
                               "list gives one per rank (cuda,cpu: rank 0 on a GPU, rank 1 on the CPU)")
     timeout_s: float = key(300.0, "seconds a collective waits for a silent rank before the run ends with an error")
     transport: str = key("auto", "what carries rows between ranks: torchdist (torch.distributed: the vendor's library "
-                                 "where all ranks share one, else gloo), mpi (through host memory; needs mpirun or srun "
-                                 "--mpi=...), islands (the native library inside an island, host memory between islands), or "
-                                 "auto (islands where there are several; else mpi where mpirun started ranks that have a "
-                                 "core each and no vendor's library in common; else torchdist)")
+                                 "where all ranks share one, else gloo), mpi (by host memory; needs mpirun or srun "
+                                 "--mpi=...), islands (the native library inside an island, host memory between), or "
+                                 "auto (islands where there are several; else mpi where mpirun started ranks with a core "
+                                 "each, without a common vendor's library; else torchdist)")
     interface: Optional[str] = key(None, "network interface that gloo, NCCL and RCCL use, such as ib0; the variable "
                                          "MOEDIST_IFNAME, where a host has it, comes first (null: theirs to choose)")
     rendezvous_timeout_s: float = key(120.0, "seconds that the ranks have to find each other at the start")
