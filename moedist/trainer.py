@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shlex
 import sys
 import time
@@ -20,6 +21,7 @@ from moedist.dispatch import build_transport, describe_ways
 from moedist.engine import build_engine, check_deepspeed
 from moedist.errors import CheckpointError, DataError
 from moedist.model import Transformer
+from moedist.milestones import passed
 from moedist.monitor import Recorder
 from moedist.phases import PHASES, Run, check_methods
 from moedist.phases.run import Progress, weight_dtype
@@ -55,12 +57,15 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     written, notice = written_plan(config, size, meta)
     if dropped:
         notice = "; ".join([*([notice] if notice else []), f"left out, being for {meta['world_size']} ranks: {', '.join(dropped)}"])
+    passed("imports")
     with World.start(config.world) as world:
+        passed("until ranks had met")
         if notice and world.is_main:
             print(notice, flush=True)
         run = resumed_run(config, world, folder) if folder else build_run(config, world, written)
         run.signals.listen()
         run.recorder.say(_describe(run))
+        passed("for the model")
         try:
             for i in range(run.progress.phase, len(config.phases)):
                 (name, value), = config.phases[i].items()
@@ -175,10 +180,12 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
         raise DataError("the text has no validation split; set data.valid_fraction above 0 to hold a part out")
     train_stream = TrainStream(corpus.train, config.data.sequence_length, config.seed)
     valid_stream = EvalStream(corpus.valid, config.data.sequence_length, config.train.eval_tokens)
+    passed("for the text")
     transport, vocab = build_transport(world), corpus.tokenizer.vocab_size
     world.meter.begin(meta["progress"]["step"] if meta else 0)  # a declared slow-down is that of the step it goes on from
     forms = forms_of(checkpoint) if checkpoint else None
     plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say, forms)
+    passed("to measure and plan")
     model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter, forms)
     engine = build_engine(model, config, world)
     progress = Progress()
@@ -212,6 +219,8 @@ def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus:
         else:
             folder.forget_metrics_after(step)
         folder.config_file.write_text(to_yaml(config), encoding="utf-8")
+        if job := os.environ.get("MOEDIST_JOB"):  # of Slurm: where its next life goes on (moedist.submit.life)
+            (Path(job) / "run").write_text(f"{folder.path.absolute()}\n", encoding="utf-8")
     return RunFolder(world.broadcast_object(str(folder)))
 
 

@@ -17,8 +17,9 @@ from typing import Any, Mapping, Sequence
 import torch
 
 from moedist.checkpoint.hashes import HASHES, TensorHash, content_hash, hashes_json, stored_hash
+from moedist.run_folder import META
 
-META, INDEX = "meta.json", ".metadata"
+INDEX = ".metadata"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from moedist.config.check import check_config
 from moedist.config.load import (
-    compress_config, compress_options, config_from_dict, describe_keys, load_config, load_dataclass, phases_override, to_yaml,
+    compress_config, compress_options, config_from_dict, describe_fields, describe_keys, load_config, load_dataclass, phases_override, to_yaml,
 )
 from moedist.config.ranks import for_ranks
 from moedist.config.schema import (
@@ -13,6 +13,6 @@ from moedist.config.schema import (
 __all__ = [
     "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "ModelConfig",
     "MonitorConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig", "check_config", "compress_config",
-    "compress_options", "config_from_dict", "describe_keys", "for_ranks", "key", "load_config", "load_dataclass",
+    "compress_options", "config_from_dict", "describe_fields", "describe_keys", "for_ranks", "key", "load_config", "load_dataclass",
     "phases_override", "to_yaml",
 ]

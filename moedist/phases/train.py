@@ -12,6 +12,7 @@ import torch
 from moedist.coordinator import RankTimes
 from moedist.engine import learning_rate
 from moedist.errors import MoedistError
+from moedist.milestones import first_step
 from moedist.model import Batch, LayerReport
 from moedist.monitor import load_metrics, traffic_metrics, traffic_sums
 from moedist.phases.evaluation import held_out_loss
@@ -61,6 +62,8 @@ def train_phase(run: Run, steps: int) -> None:
     clock = _Clock()
     while progress.phase_step < steps:
         report = train_step(run)
+        if clock.steps == 0 and (line := first_step()):
+            run.recorder.say(line)
         clock.steps += 1
         sums = report.sums
         run.saving(sums["written"] == run.world.size)
