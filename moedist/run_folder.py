@@ -19,7 +19,6 @@ from pathlib import Path
 from moedist.config import Config, load_config
 from moedist.errors import CheckpointError
 
-META = "meta.json"  # the facts of a checkpoint
 STEP_FOLDER = re.compile(r"step-(\d{8})(\.old)?")  # .old: see moedist.checkpoint.retention
 
 
@@ -103,13 +102,6 @@ class RunFolder:
         if step is not None and step not in self.steps():
             raise CheckpointError(f"{self.path} has no checkpoint of step {step}; it has {self.steps()}")
         return self.newest() if step is None else self.checkpoint(step)
-
-    def is_done(self) -> bool:
-        """Whether all phases are done, as the newest checkpoint says; its hashes are left to those who load it."""
-        if not self.steps():
-            return False
-        meta = json.loads((self.newest() / META).read_text(encoding="utf-8"))
-        return meta["progress"]["phase"] >= len(self.config().phases)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop metric lines beyond `step`, which a resumed run writes again; a line cut short by a kill goes too."""

@@ -219,9 +219,14 @@ def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus:
         else:
             folder.forget_metrics_after(step)
         folder.config_file.write_text(to_yaml(config), encoding="utf-8")
-        if job := os.environ.get("MOEDIST_JOB"):  # of Slurm: where its next life goes on (moedist.submit.life)
-            (Path(job) / "run").write_text(f"{folder.path.absolute()}\n", encoding="utf-8")
+        _tell_job("run", f"{folder.path.absolute()}\n")
     return RunFolder(world.broadcast_object(str(folder)))
+
+
+def _tell_job(name: str, text: str) -> None:
+    """Leave a word for the job of Slurm that this run is of, and for its next life (`moedist.submit.life`)."""
+    if job := os.environ.get("MOEDIST_JOB"):
+        (Path(job) / name).write_text(text, encoding="utf-8")
 
 
 def _describe(run: Run) -> str:
@@ -267,6 +272,8 @@ def _finish(run: Run) -> None:
     if nothing_to_do:
         evaluate(run)
     result = run.held_out
+    if run.world.is_main:
+        _tell_job("done", f"{run.progress.step}\n")
     run.recorder.say(f"done: {run.progress.step} steps, validation loss {result.loss:.4f}, perplexity "
                      f"{result.perplexity:.2f} per token\nrun folder {run.folder}\nnext: {program()} generate {run.folder} "
                      f"--prompt \"def \"   or   {program()} evaluate {run.folder}"

@@ -17,9 +17,8 @@ from typing import Any, Mapping, Sequence
 import torch
 
 from moedist.checkpoint.hashes import HASHES, TensorHash, content_hash, hashes_json, stored_hash
-from moedist.run_folder import META
 
-INDEX = ".metadata"
+META, INDEX = "meta.json", ".metadata"
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@
     job.sh        the text for sbatch                              KIND.sh                     what starts Python on a node
     submitit/     what ranks are to do, pickled by submitit        slurm-NUMBER.log            what the batch script said
     run           the run folder                                   lives.jsonl                 one object per life that ended
-    logs/LIFE-RANK.log                                             kinds.txt                   of which kind each node is
+    logs/LIFE-RANK.log                                             done, cancelled             there once it is so
+    kinds.txt, hosts.txt                                           of which kind each node is, and where ranks are
 
-A sweep has the last four of each member in a folder of its number.
+A sweep has the last five of each member in a folder of its number.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any, Optional
 
 from moedist.run_folder import RunFolder
 from moedist.errors import ConfigError
+
+ERROR = "moedist: error: "  # as moedist.guard writes it
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Member:
         self.path = Path(path)
         self.logs, self.lives_file, self.run_file = self.path / "logs", self.path / "lives.jsonl", self.path / "run"
         self.kinds_file, self.hosts_file = self.path / "kinds.txt", self.path / "hosts.txt"
-        self.cancelled, self.started_file = self.path / "cancelled", self.path / "started"
+        self.done_file, self.cancelled = self.path / "done", self.path / "cancelled"
 
     @property
     def folder(self) -> JobFolder:
@@ -140,3 +143,11 @@ class Member:
 
     def log(self, life: int, rank: int = 0) -> Path:
         return self.logs / f"{life}-{rank}.log"
+
+    def error_of(self, life: int) -> str:
+        """What a rank has said of why a life ended; empty where none has."""
+        for path in sorted(self.logs.glob(f"{life}-*.log")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.startswith(ERROR):
+                    return line.removeprefix(ERROR)
+        return ""

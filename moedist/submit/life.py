@@ -13,9 +13,8 @@ import shlex
 import subprocess
 import sys
 import time
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Sequence
 
-from moedist.run_folder import RunFolder
 from moedist.errors import MoedistError
 from moedist.rendezvous.slurm import expand_nodes
 from moedist.submit.job_folder import Job, Member
@@ -60,8 +59,8 @@ def start(member: Member, env: Mapping[str, str] = os.environ) -> list[str]:
     # a job that was resized has another number, and counts its restarts anew
     life += sum(other["number"] != env.get("SLURM_JOB_ID") for other in member.lives())
     member.logs.mkdir(parents=True, exist_ok=True)
-    member.started_file.write_text(f"{time.time()} {env.get('SLURM_JOB_ID')}\n")
     lines = [f"export MOEDIST_LIFE={life}", f"export MOEDIST_STARTED={time.time():.3f}"]
+    member.done_file.unlink(missing_ok=True)
     run = member.run()
     resumed = run is not None and bool(run.steps())
     lines.append(f"export MOEDIST_RESUME={shlex.quote(str(run) if resumed else '')}")
@@ -105,25 +104,23 @@ def end(member: Member, code: int, env: Mapping[str, str] = os.environ) -> int:
     Returns:
         The exit code of the batch script: 0 where training is done or goes on, or Slurm's word stands.
     """
-    job, run, number = member.folder.read(), member.run(), env["SLURM_JOB_ID"]
+    job, number = member.folder.read(), env["SLURM_JOB_ID"]
     step = int(member.last_metrics().get("step", 0))
     cancelled = member.cancelled.exists()
     restarts = int(env.get("SLURM_RESTART_COUNT") or 0)
     told = cancelled or bool(env.get("MOEDIST_TOLD_TO_END"))
-    outcome, why, again = decide(job, member.lives(), restarts, told, finished(run), code, step)
+    outcome, why, again = decide(job, member.lives(), restarts, told, member.done_file.exists(), code, step)
+    life = int(env.get("MOEDIST_LIFE", 0))
+    if code and not told and (error := member.error_of(life)):
+        why += f": {error}"
     if cancelled and outcome == "preempted":
         outcome, why = "cancelled", f"cancelled after step {step}"
-    member.add_life({"life": int(env.get("MOEDIST_LIFE", 0)), "number": number, "outcome": outcome, "step": step, "code": code,
+    member.add_life({"life": life, "number": number, "outcome": outcome, "step": step, "code": code,
                      "why": why, "nodes": env.get("SLURM_JOB_NODELIST", ""), "ended": time.time()})
     print(f"moedist: {outcome}: {why}", flush=True)
     if again:
         subprocess.run(["scontrol", "requeue", number], check=True)
     return {"given up": code or GIVEN_UP, "failed": code}.get(outcome, 0)
-
-
-def finished(run: Optional[RunFolder]) -> bool:
-    """Whether all phases of a run are done, as its newest checkpoint says."""
-    return run is not None and run.is_done()
 
 
 def main(arguments: Sequence[str]) -> int:
