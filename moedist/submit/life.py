@@ -24,25 +24,28 @@ from moedist.submit.queue import ask_slurm
 GIVEN_UP = 3  # exit code of the batch script
 
 
-def decide(job: Job, lives: Sequence[Mapping[str, Any]], restarts: int, told_to_end: bool, finished: bool, code: int,
+def decide(job: Job, lives: Sequence[Mapping[str, Any]], restarts: int, told: str, finished: bool, code: int,
            step: int) -> tuple[str, str, bool]:
     """What has become of a life, and whether the job is to be requeued.
 
     Args:
         lives: that ended before, see `Member.lives`.
         restarts: of the job until now.
-        told_to_end: whether Slurm ends the job: preemption (it requeues it itself), or cancelled.
+        told: why Slurm ends the job: preempted (it requeues it itself), cancelled, limit (the time limit, where the signal ahead
+            of it came too late or ranks took too long), or empty: it does not.
         finished: whether training is done.
         code: exit code of srun; step: the last that was logged, 0: none.
 
     Returns:
-        Outcome (done, preempted, stopped, failed or given up), why, and whether to requeue.
+        Outcome (done, preempted, cancelled, stopped, failed or given up), why, and whether to requeue.
     """
     if code == 0 and finished:
         return "done", f"trained to step {step}", False
-    if told_to_end:
-        return "preempted", f"Slurm ended the job at step {step}; it comes back where it was preempted, not where cancelled", False
+    if told in ("preempted", "cancelled"):
+        return told, f"{told} after step {step}", False
     what = f"stopped by a signal after step {step}" if code == 0 else f"failed after step {step} (exit code {code})"
+    if told == "limit":
+        what = f"reached its time limit after step {step}"
     before = next((life for life in reversed(lives) if life["outcome"] in ("stopped", "failed")), None)
     if not job.requeue:
         return "given up", f"{what}; the profile says requeue: false", False
@@ -50,7 +53,7 @@ def decide(job: Job, lives: Sequence[Mapping[str, Any]], restarts: int, told_to_
         return "given up", f"{what}, where it had {before['outcome']} before: it would not get on; see the logs of both", False
     if restarts >= job.max_restarts:
         return "given up", f"{what}, after {restarts} restarts; max_restarts is {job.max_restarts}", False
-    return ("stopped" if code == 0 else "failed"), f"{what}; requeued", True
+    return ("stopped" if code == 0 or told else "failed"), f"{what}; requeued", True
 
 
 def start(member: Member, env: Mapping[str, str] = os.environ) -> list[str]:
@@ -106,21 +109,25 @@ def end(member: Member, code: int, env: Mapping[str, str] = os.environ) -> int:
     """
     job, number = member.folder.read(), env["SLURM_JOB_ID"]
     step = int(member.last_metrics().get("step", 0))
-    cancelled = member.cancelled.exists()
     restarts = int(env.get("SLURM_RESTART_COUNT") or 0)
-    told = cancelled or bool(env.get("MOEDIST_TOLD_TO_END"))
+    told = "cancelled" if member.cancelled.exists() else _why_told(number) if env.get("MOEDIST_TOLD_TO_END") else ""
     outcome, why, again = decide(job, member.lives(), restarts, told, member.done_file.exists(), code, step)
     life = int(env.get("MOEDIST_LIFE", 0))
     if code and not told and (error := member.error_of(life)):
         why += f": {error}"
-    if cancelled and outcome == "preempted":
-        outcome, why = "cancelled", f"cancelled after step {step}"
     member.add_life({"life": life, "number": number, "outcome": outcome, "step": step, "code": code,
                      "why": why, "nodes": env.get("SLURM_JOB_NODELIST", ""), "ended": time.time()})
     print(f"moedist: {outcome}: {why}", flush=True)
     if again:
         subprocess.run(["scontrol", "requeue", number], check=True)
     return {"given up": code or GIVEN_UP, "failed": code}.get(outcome, 0)
+
+
+def _why_told(number: str) -> str:
+    """Why Slurm ends a job: limit, or preempted. It does not tell the latter from a cancel by others, after which it does nothing
+    more either."""
+    found = ask_slurm("squeue", "-h", "-t", "all", "-j", number, "-o", "%T|%r")
+    return "limit" if any("TIMEOUT" in line or "TimeLimit" in line for line in found) else "preempted"
 
 
 def main(arguments: Sequence[str]) -> int:

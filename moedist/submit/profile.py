@@ -69,7 +69,7 @@ def read_profile(path: str | Path, nodes: Mapping[str, int] = {}, time: Optional
         raise ConfigError(f"{path} has no kind called {', '.join(sorted(unknown))}; it has "
                           f"{', '.join(kind.name for kind in profile.kinds)}")
     kinds = [replace(k, nodes=nodes.get(k.name, k.nodes),
-                     min_nodes=min(k.min_nodes, nodes.get(k.name, k.nodes)) if k.min_nodes else k.min_nodes)
+                     min_nodes=min(k.min_nodes, nodes[k.name]) if k.min_nodes and k.name in nodes else k.min_nodes)
              for k in profile.kinds]
     profile = replace(profile, kinds=[k for k in kinds if k.nodes or k.name not in nodes], time=time or profile.time)
     _check(profile, str(path))

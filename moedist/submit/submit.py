@@ -14,6 +14,7 @@ import yaml
 
 from moedist.config import Config, check_config, load_config
 from moedist.errors import ConfigError
+from moedist.submit.check_task import CheckTask
 from moedist.submit.follow import follow, follow_file
 from moedist.submit.job_folder import Job, JobFolder, Member
 from moedist.submit.listing import state_of
@@ -44,18 +45,20 @@ class Request:
     time: Optional[str] = None
 
 
-def submit(request: Request) -> JobFolder:
-    """Submit a training.
+def submit(request: Request, checked: bool = False) -> JobFolder:
+    """Submit a training, or, `checked`, what looks at its nodes instead (`moedist.submit.site_check`).
 
     Raises:
         ConfigError: the configuration or profile cannot be, or Slurm refuses it.
     """
     profile, configs = _read(request)
+    if checked:
+        profile = replace(profile, signal_s=30, requeue=False, kinds=[replace(kind, time=None) for kind in profile.kinds])
     refuse_impossible(profile, read_site())
-    folder = JobFolder.make(Path(configs[0].folder) / JOBS, configs[0].name)
+    folder = JobFolder.make(Path(configs[0].folder) / JOBS, f"check-{configs[0].name}" if checked else configs[0].name)
     try:
         _write(request, profile, configs, folder)
-        return _into_queue(profile, folder)
+        return _into_queue(folder, CheckTask if checked else Task)
     except BaseException:
         shutil.rmtree(folder.path, ignore_errors=True)  # nothing was submitted
         raise
@@ -121,7 +124,7 @@ def resize(folder: JobFolder, nodes: Mapping[str, int]) -> JobFolder:
     folder.script.write_text(job_script(profile, shape, job.name, folder.path), encoding="utf-8")
     folder.write(replace(job, kinds=_kinds(profile), tasks=shape.tasks, numbers=[], submitted=time.time()))
     member.cancelled.unlink(missing_ok=True)
-    return _into_queue(profile, folder)
+    return _into_queue(folder, Task)
 
 
 # -- parts
@@ -159,9 +162,9 @@ def _write(request: Request, profile: Profile, configs: Sequence[Config], folder
     return shape
 
 
-def _into_queue(profile: Profile, folder: JobFolder) -> JobFolder:
+def _into_queue(folder: JobFolder, task: type[Task] | type[CheckTask]) -> JobFolder:
     from moedist.submit.executor import JobExecutor
-    job, tasks = folder.read(), _tasks(folder)
+    job, tasks = folder.read(), _tasks(folder, task)
     scripts = sorted(folder.path.glob("job*.sh"))
     numbers: list[str] = []
     if len(scripts) == 1:
@@ -177,9 +180,9 @@ def _into_queue(profile: Profile, folder: JobFolder) -> JobFolder:
     return folder
 
 
-def _tasks(folder: JobFolder) -> list[Task]:
+def _tasks(folder: JobFolder, task: type[Task] | type[CheckTask] = Task) -> list[Task] | list[CheckTask]:
     job = folder.read()
-    return [Task(str(folder.config), own, job.submitted) for own in job.overrides]
+    return [task(str(folder.config), own, job.submitted) for own in job.overrides]
 
 
 def _texts(profile: Profile, shape: Shape, name: str, folder: Path, members: int) -> list[tuple[str, str]]:

@@ -18,11 +18,13 @@ TWO = ["placement.counts=[5,3]", "placement.batch_shares=[5,3]", "train.schedule
 
 
 def test_time_limit_saves_comes_back_and_equals_an_uninterrupted_run(slurm):
-    profile = slurm.profile("limit", nvidia="nodes: 1", amd="nodes: 1")
+    profile = slurm.profile("limit", nvidia="nodes: 1", amd="nodes: 1", signal_s=120)
     folder = slurm.submit(profile, *TWO, "phases=[{train: 5000}]", "world.slowdown={0: [30, 30]}")
     slurm.wait_for_step(folder, 3)
-    for number in _numbers(folder):  # Slurm's own limit, brought near: it sends the signal by itself
-        subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=1"], check=True)
+    run_for = subprocess.run(["squeue", "-h", "-j", folder.read().numbers[0], "-o", "%M"], capture_output=True, text=True)
+    minutes = int(run_for.stdout.split()[0].split(":")[0]) + 2  # Slurm's own limit, brought near: it sends the signal by itself
+    for number in _numbers(folder):
+        subprocess.run(["scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}"], check=True)
     slurm.wait_for_requeue(folder)
     member, = folder.members()
     life, = member.lives()
