@@ -51,7 +51,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     resize = add_command(commands, "resize", "submit a job that waits or has ended anew, on other numbers of nodes", _resize,
                          EXAMPLES["resize"])
     resize.add_argument("job", help="folder name or Slurm's number")
-    resize.add_argument("--nodes", action="append", default=[], metavar="KIND=N", help="number of nodes of a kind; 0: without it")
+    numbers = resize.add_mutually_exclusive_group()
+    numbers.add_argument("--nodes", action="append", default=[], metavar="KIND=N",
+                         help="number of nodes of a kind; 0: without it (default: as they were)")
+    numbers.add_argument("--fit", action="store_true", help="as many nodes as are idle now, down to each kind's min_nodes")
     resize.add_argument("--follow", action="store_true", help="show rank 0's log until the job has ended")
     for command in (jobs, cancel, resize):
         command.add_argument("--folder", default="runs", help="folder that run folders are made in (default runs)")
@@ -100,7 +103,7 @@ def _cancel(args: argparse.Namespace) -> None:
 def _resize(args: argparse.Namespace) -> None:
     from moedist.submit.listing import find_job
     from moedist.submit.submit import resize, show
-    show(resize(find_job(args.job, args.folder), _numbers(args.nodes)), args.follow)
+    show(resize(find_job(args.job, args.folder), None if args.fit else _numbers(args.nodes)), args.follow)
 
 
 def _numbers(texts: list[str]) -> dict[str, int]:

@@ -22,7 +22,8 @@ class NodeKind:
 
     name: str = key("", "what to call these nodes, such as nvidia: letters, digits and -")
     nodes: int = key(1, "how many")
-    min_nodes: Optional[int] = key(None, "with how few the job may come back after a restart (null: with all)")
+    min_nodes: Optional[int] = key(None, "with how few the job may come back (null: with all): an ordinary job takes "
+                                                  "what there is, a heterogeneous one by moedist resize --fit")
     tasks_per_node: int = key(1, "ranks of a node: one a GPU")
     partition: Optional[str] = key(None, "partition (null: the site's default)")
     constraint: Optional[str] = key(None, "feature that the nodes have, such as a100")

@@ -69,6 +69,27 @@ def refuse_impossible(profile: Profile, site: Sequence[Node]) -> None:
                   f"{kind.min_nodes or kind.nodes} are up")
 
 
+def nodes_there(profile: Profile, site: Sequence[Node]) -> dict[str, int]:
+    """How many nodes of each kind could start a job now, at most as many as the profile wants.
+
+    Raises:
+        ConfigError: fewer than a kind's min_nodes.
+    """
+    found: dict[str, int] = {}
+    taken: set[str] = set()
+    for kind in profile.kinds:
+        here = [n for n in site if n.partition.rstrip("*") == kind.partition or (kind.partition is None and n.default)]
+        free = [n.name for n in here if n.state == "idle" and n.name not in taken and _has_features(n, kind.constraint)
+                and _has_gres(n, kind.gres)][:kind.nodes]
+        taken |= set(free)
+        found[kind.name] = len(free)
+        least = kind.min_nodes or kind.nodes
+        if len(free) < least:
+            raise ConfigError(f"kind {kind.name}: {len(free)} nodes are idle now, and its min_nodes are {least}"
+                              + ("" if kind.min_nodes else " (not set: all of them)") + "; wait, or give --nodes")
+    return found
+
+
 def _refuse_time(time: str, limit: str, where: str) -> None:
     if limit not in ("infinite", "UNLIMITED", "n/a") and seconds_of(time) > seconds_of(limit):
         raise ConfigError(f"{where} lets jobs run for {limit} at most, and the time limit is {time}; set time lower (a job that "

@@ -22,7 +22,7 @@ from moedist.submit.profile import Profile, read_profile
 from moedist.submit.queue import ask_slurm, queued
 from moedist.submit.render import any_script, job_script, node_script
 from moedist.submit.shape import Shape, shape_of
-from moedist.submit.site import read_site, refuse_impossible
+from moedist.submit.site import nodes_there, read_site, refuse_impossible
 from moedist.submit.task import Task
 
 JOBS = "jobs"  # beside run folders
@@ -98,10 +98,13 @@ def run_here(request: Request) -> int:
     return failed
 
 
-def resize(folder: JobFolder, nodes: Mapping[str, int]) -> JobFolder:
+def resize(folder: JobFolder, nodes: Optional[Mapping[str, int]] = None) -> JobFolder:
     """Submit a job anew with other numbers of nodes, where it waits or has ended; it goes on from its checkpoint.
 
     Slurm cannot change the nodes of a heterogeneous job, so it gets another number.
+
+    Args:
+        nodes: by kind; None: as many as are idle now, down to each kind's min_nodes.
 
     Raises:
         ConfigError: it runs, or is a sweep, or cannot be so.
@@ -113,8 +116,9 @@ def resize(folder: JobFolder, nodes: Mapping[str, int]) -> JobFolder:
     state = state_of(job, member, 0, queue)
     if state in ("RUNNING", "COMPLETING", "CONFIGURING"):
         raise ConfigError(f"{folder} is {state}; cancel it first (it saves a checkpoint), then resize it")
-    profile = read_profile(folder.profile, nodes)
-    refuse_impossible(profile, read_site())
+    site = read_site()
+    profile = read_profile(folder.profile, nodes_there(read_profile(folder.profile), site) if nodes is None else nodes)
+    refuse_impossible(profile, site)
     if (found := queue.get(job.number(0))) and found.active:
         ask_slurm("scancel", job.number(0))
     folder.profile.write_text(_profile_text(folder.profile, profile), encoding="utf-8")

@@ -45,7 +45,7 @@ def test_time_limit_saves_comes_back_and_equals_an_uninterrupted_run(slurm):
 
 
 def test_preempted_job_goes_on_with_one_node_fewer(slurm):
-    profile = slurm.profile("preempted", nvidia="nodes: 1", amd="nodes: 2")
+    profile = slurm.profile("preempted", nvidia="nodes: 1", amd="nodes: 2, min_nodes: 1")
     folder = slurm.submit(profile, "phases=[{train: 200}]", "placement.probe_s=0.2", "world.slowdown={0: [20, 20, 20]}")
     slurm.wait_for_step(folder, 3)
     urgent = subprocess.run(["sbatch", "--parsable", "-p", "urgent", "-w", "amd1", "--exclusive", "-o", "/dev/null", "--wrap",
@@ -55,7 +55,7 @@ def test_preempted_job_goes_on_with_one_node_fewer(slurm):
         member, = folder.members()
         assert [life["outcome"] for life in member.lives()] == ["preempted"], slurm.said(folder)
         before = member.run().steps()[-1]
-        resize(folder, {"amd": 1})
+        resize(folder)  # as many nodes as are idle: amd1 is taken
         slurm.wait_until_ended(folder)
     finally:
         subprocess.run(["scancel", urgent], check=True)
