@@ -64,7 +64,7 @@ def shape_of(profile: Profile, name: str, output: str, members: int = 1) -> Shap
         common.append(("array", f"0-{members - 1}"))
     tasks = sum(kind.nodes * kind.tasks_per_node for kind in kinds)
     if form == "constraint":
-        return Shape(form, (_joint(profile, common, tasks),), tasks, ())
+        return Shape(form, (_joint(profile, common, tasks),), tasks, _variables(kinds))
     components = tuple(_component(profile, kind, common if i == 0 else (), i if several else None)
                        for i, kind in enumerate(kinds))
     return Shape(form, components, tasks, _variables(kinds) if several else ())

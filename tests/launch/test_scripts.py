@@ -64,7 +64,7 @@ def pinned_versions(python):
 # -- the files
 
 
-@pytest.mark.parametrize("script", [*PROGRAMS, "launch/setup.sh"])
+@pytest.mark.parametrize("script", [*PROGRAMS, "launch/setup.sh", *(f"slurm/env/{kind}.sh" for kind in ("cuda", "rocm", "cpu"))])
 def test_syntax(script):
     assert run("bash", "-n", ROOT / script).returncode == 0
 

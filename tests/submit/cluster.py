@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import site
@@ -24,6 +25,7 @@ from tests.launching import TINY
 ROOT = Path(__file__).parents[2]
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+NODES = ("nvidia1", "nvidia2", "amd1", "amd2")
 VENV = """import site; site.addsitedir({packages!r})
 """
 
@@ -96,7 +98,7 @@ class Cluster:
     def state(self, folder: JobFolder, index: int = 0) -> str:
         return state_of(folder.read(), folder.members()[index], index, queued())
 
-    def wait(self, what: str, done: Callable[[], object], folder: JobFolder, timeout: float = 150) -> None:
+    def wait(self, what: str, done: Callable[[], object], folder: JobFolder, timeout: float = 240) -> None:
         """Until `done`; fails with all that the job has said."""
         deadline = time.monotonic() + timeout
         while not done():
@@ -116,7 +118,8 @@ class Cluster:
         self.wait("requeued", lambda: self.state(folder) == "PENDING", folder)
 
     def release(self, folder: JobFolder) -> None:
-        """Slurm holds a job back for two minutes after it was requeued; not in tests."""
+        """Slurm holds a job back for two minutes after it was requeued; here until nothing of its last life is left."""
+        self.wait("the last life is over", lambda: not any(self._steps(node) for node in NODES), folder)
         number = folder.read().numbers[0]
         size = len(folder.read().kinds) if folder.read().form == "hetjob" else 1
         for i in range(size):
@@ -128,20 +131,20 @@ class Cluster:
 
     def pids_of_ranks(self, node: str) -> list[int]:
         """Processes of training ranks on a node."""
-        number = next(p.name.split("-")[0] for p in Path("/run/netns").glob(f"moedev*-{node}")
-                      if p.name.split("-")[0] == self._bridge())
-        text = subprocess.run(["ip", "netns", "pids", f"{number}-{node}"], capture_output=True, text=True, check=True).stdout
+        return [pid for pid, words in self._processes(node) if b"submitit.core._submit" in words and b"python" in words[0]]
+
+    def _steps(self, node: str) -> list[int]:
+        """Slurm's processes beside steps and batch scripts on a node."""
+        return [pid for pid, words in self._processes(node) if words[0].startswith(b"slurmstepd")]
+
+    def _processes(self, node: str) -> list[tuple[int, list[bytes]]]:
+        number = json.loads((self.folder / "state.json").read_text())["number"]
+        text = subprocess.run(["ip", "netns", "pids", f"moedev{number}-{node}"], capture_output=True, text=True, check=True).stdout
         found = []
         for pid in map(int, text.split()):
             with suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"submitit.core._submit" in words and b"python" in words[0]:
-                    found.append(pid)
+                found.append((pid, Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")))
         return found
-
-    def _bridge(self) -> str:
-        import json
-        return f"moedev{json.loads((self.folder / 'state.json').read_text())['number']}"
 
 
 def step_of(member: Member) -> int:

@@ -10,7 +10,7 @@ from moedist.submit.submit import run_here
 from tests.launching import QUICKSTART, metrics, moedist, only_run
 from tests.submit.cluster import ROOT, step_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # bounds of their own: every wait has one
 
 SIX = ["placement.counts=[2,2,1,1,1,1]", "placement.batch_shares=[2,2,2,2,1,3]", "train.batch=12", "phases=[{train: 20}]"]
 THREE = ["placement.counts=[4,2,2]", "placement.batch_shares=[2,1,1]", "phases=[{train: 6}]"]

@@ -12,14 +12,14 @@ from moedist.submit.submit import resize
 from tests.launching import metrics
 from tests.submit.test_jobs import by_torchrun, losses
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # bounds of their own: every wait has one
 
 TWO = ["placement.counts=[5,3]", "placement.batch_shares=[5,3]", "train.schedule=constant"]
 
 
 def test_time_limit_saves_comes_back_and_equals_an_uninterrupted_run(slurm):
     profile = slurm.profile("limit", nvidia="nodes: 1", amd="nodes: 1", signal_s=120)
-    folder = slurm.submit(profile, *TWO, "phases=[{train: 5000}]", "world.slowdown={0: [30, 30]}")
+    folder = slurm.submit(profile, *TWO, "phases=[{train: 5000}]", "world.slowdown={0: [1, 1], 3: [10, 10]}")
     slurm.wait_for_step(folder, 3)
     run_for = subprocess.run(["squeue", "-h", "-j", folder.read().numbers[0], "-o", "%M"], capture_output=True, text=True)
     minutes = int(run_for.stdout.split()[0].split(":")[0]) + 2  # Slurm's own limit, brought near: it sends the signal by itself
@@ -46,7 +46,7 @@ def test_time_limit_saves_comes_back_and_equals_an_uninterrupted_run(slurm):
 
 def test_preempted_job_goes_on_with_one_node_fewer(slurm):
     profile = slurm.profile("preempted", nvidia="nodes: 1", amd="nodes: 2, min_nodes: 1")
-    folder = slurm.submit(profile, "phases=[{train: 200}]", "placement.probe_s=0.2", "world.slowdown={0: [20, 20, 20]}")
+    folder = slurm.submit(profile, "phases=[{train: 200}]", "placement.probe_s=0.2", "world.slowdown={0: [1, 1, 1], 3: [10, 10, 10]}")
     slurm.wait_for_step(folder, 3)
     urgent = subprocess.run(["sbatch", "--parsable", "-p", "urgent", "-w", "amd1", "--exclusive", "-o", "/dev/null", "--wrap",
                              "sleep 300"], capture_output=True, text=True, check=True).stdout.strip()
@@ -70,7 +70,7 @@ def test_preempted_job_goes_on_with_one_node_fewer(slurm):
 
 def test_crashed_node_is_survived(slurm):
     profile = slurm.profile("crash", nvidia="nodes: 1", amd="nodes: 1")
-    folder = slurm.submit(profile, *TWO, "phases=[{train: 60}]", "checkpoint.every=5", "world.slowdown={0: [20, 20]}")
+    folder = slurm.submit(profile, *TWO, "phases=[{train: 60}]", "checkpoint.every=5", "world.slowdown={0: [1, 1], 3: [10, 10]}")
     slurm.wait_for_step(folder, 11)
     member, = folder.members()
     node = next(node for node in ("amd1", "amd2") if slurm.pids_of_ranks(node))

@@ -13,6 +13,7 @@ PROFILE = Profile(kinds=[NodeKind(name="a", gres="gpu:1", nodes=2)])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_check_on_real_nodes(slurm, capfd):
     """Two kinds whose GPUs are in name only, as with torch's build for CPUs: ranks meet, and the check says what is wrong."""
     profile = slurm.profile("checked", nvidia="nodes: 1", amd="nodes: 1")
