@@ -14,7 +14,7 @@ VENV = ROOT / ".venv" / "bin" / "python"
 
 if any(importlib.util.find_spec(name) is None for name in ("torch", "omegaconf", "submitit")):
     if not VENV.exists() or Path(sys.prefix) == VENV.parents[1]:
-        sys.exit("error: moedist is not installed here; launch/quickstart makes .venv, or activate the environment that has it")
+        sys.exit("error: moedist is not installed here; launch/quickstart makes .venv, or activate an environment")
     os.execv(VENV, [str(VENV), __file__, *sys.argv[1:]])
 sys.path.insert(0, str(ROOT))
 

@@ -1,4 +1,4 @@
-"""How a process ends that is one of several ranks, or alone: errors that are the user's to mend are one line and exit code 1."""
+"""How a process ends that is a rank, or alone: errors that are the user's to mend are one line and exit code 1."""
 
 from __future__ import annotations
 

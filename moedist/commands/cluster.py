@@ -25,8 +25,8 @@ then: moedist jobs
 
 def add(commands: argparse._SubParsersAction) -> None:
     """The commands of this file."""
-    submit = add_command(commands, "submit", "submit a training to Slurm, or run it as it would be", _submit, EXAMPLES["submit"],
-                         _profile_help)
+    submit = add_command(commands, "submit", "submit a training to Slurm, or run it as it would be", _submit,
+                         EXAMPLES["submit"], _profile_help)
     submit.add_argument("config", help="YAML file")
     submit.add_argument("overrides", nargs="*", help="section.key=value")
     submit.add_argument("--cluster", required=True, metavar="YAML", help="site profile, see slurm/clusters/")
@@ -70,7 +70,7 @@ def _submit(args: argparse.Namespace) -> None:
     from moedist.submit.submit import Request, dry_run, run_here, show, submit
     each = [shlex.split(text) for text in args.each] if args.each else [[]]
     if stray := [o for own in each for o in own if "=" not in o]:
-        raise ConfigError(f"--each takes overrides, section.key=value, and {stray[0]!r} is none; several in one pair of quotes")
+        raise ConfigError(f"--each takes overrides, section.key=value, not {stray[0]!r}; several in one pair of quotes")
     request = Request(args.config, args.overrides, args.cluster, each, _numbers(args.nodes), args.time)
     if args.dry_run:
         print(dry_run(request))

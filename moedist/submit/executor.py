@@ -1,4 +1,4 @@
-"""submitit's Slurm executor for a text of our own: heterogeneous jobs, which submitit has not (its issue 1741), and the rest."""
+"""submitit's Slurm executor for a text of our own: also heterogeneous jobs, which submitit has not (its issue 1741)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ REASONS = {  # what Slurm says, and what it means
     "Invalid account or account/partition combination": "the account may not use this partition, or there is no such account; "
                                                         "`sacctmgr show associations user=$USER` lists yours",
     "invalid partition specified": "there is no such partition; `sinfo -s` lists them",
-    "Requested node configuration is not available": "no nodes of the partition have what is asked for: too many nodes, cores, "
-                                                     "memory or GPUs, or a constraint that none fulfils",
+    "Requested node configuration is not available": "no nodes of the partition have what is asked for: too many nodes, "
+                                                     "cores, memory or GPUs, or a constraint that none fulfils",
     "Requested time limit is invalid": "the time limit is above the partition's; `sinfo -o '%P %l'` lists the limits",
     "Invalid generic resource": "no nodes have such a gres; `sinfo -o '%P %G'` lists them",
     "Invalid feature specification": "no node has such a feature; `sinfo -o '%P %f'` lists them",

@@ -42,7 +42,7 @@ def follow_file(path: Path, done: Callable[[], bool]) -> None:
 
 
 def follow(member: Member) -> None:
-    """Rank 0's log of every life, and what Slurm says meanwhile, until the job has ended. Ctrl-C stops looking, not the job."""
+    """Rank 0's log of every life, and what Slurm says meanwhile, until the job has ended. Ctrl-C does not stop the job."""
     tails: dict[str, _Tail] = {}
     number = member.folder.read().numbers
     index = 0 if member.path == member.folder.path else int(member.path.name)

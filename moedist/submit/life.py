@@ -31,8 +31,8 @@ def decide(job: Job, lives: Sequence[Mapping[str, Any]], restarts: int, told: st
     Args:
         lives: that ended before, see `Member.lives`.
         restarts: of the job until now.
-        told: why Slurm ends the job: preempted (it requeues it itself), cancelled, limit (the time limit, where the signal ahead
-            of it came too late or ranks took too long), or empty: it does not.
+        told: why Slurm ends the job: preempted (it requeues it itself), cancelled, limit (the time limit, where the signal
+            ahead of it came too late or ranks took too long), or empty: it does not.
         finished: whether training is done.
         code: exit code of srun; step: the last that was logged, 0: none.
 
@@ -62,6 +62,10 @@ def start(member: Member, env: Mapping[str, str] = os.environ) -> list[str]:
     # a job that was resized has another number, and counts its restarts anew
     life += sum(other["number"] != env.get("SLURM_JOB_ID") for other in member.lives())
     member.logs.mkdir(parents=True, exist_ok=True)
+    if life and all(other["life"] != life - 1 for other in member.lives()):  # its batch script did not outlive it
+        member.add_life({"life": life - 1, "number": env.get("SLURM_JOB_ID", ""), "outcome": "lost",
+                         "step": int(member.last_metrics().get("step", 0)), "code": None, "why": "a node failed, or Slurm "
+                         "killed the job", "nodes": "", "ended": time.time()})
     lines = [f"export MOEDIST_LIFE={life}", f"export MOEDIST_STARTED={time.time():.3f}"]
     member.done_file.unlink(missing_ok=True)
     run = member.run()
@@ -77,9 +81,20 @@ def start(member: Member, env: Mapping[str, str] = os.environ) -> list[str]:
         member.hosts_file.write_text("".join(f"{node}\n" * kind.tasks_per_node for node, kind in kinds))
         first = kinds[0][0]
         lines.append(f"export SLURM_HOSTFILE={shlex.quote(str(member.hosts_file))} MASTER_ADDR={first}")
-    print(f"life {life} on {env.get('SLURM_JOB_NODELIST', 'this machine')}: "
+    print(f"life {life} on {nodes_of(env)}: "
           + (f"goes on with {run}, step {run.steps()[-1]}" if resumed else "starts afresh"), file=sys.stderr)
     return lines
+
+
+def nodes_of(env: Mapping[str, str]) -> str:
+    """The nodes of a job, of all its components, as Slurm writes them.
+
+    >>> nodes_of({"SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "b1", "SLURM_JOB_NODELIST_HET_GROUP_1": "a[1-2]"})
+    'b1,a[1-2]'
+    """
+    size = int(env.get("SLURM_HET_SIZE") or 0)
+    parts = [env.get(f"SLURM_JOB_NODELIST_HET_GROUP_{i}") for i in range(size)] or [env.get("SLURM_JOB_NODELIST")]
+    return ",".join(filter(None, parts))
 
 
 def kinds_of_nodes(profile: Profile, nodes: Sequence[str], features: Mapping[str, str]) -> list[tuple[str, NodeKind]]:
@@ -116,16 +131,18 @@ def end(member: Member, code: int, env: Mapping[str, str] = os.environ) -> int:
     if code and not told and (error := member.error_of(life)):
         why += f": {error}"
     member.add_life({"life": life, "number": number, "outcome": outcome, "step": step, "code": code,
-                     "why": why, "nodes": env.get("SLURM_JOB_NODELIST", ""), "ended": time.time()})
+                     "why": why, "nodes": nodes_of(env), "ended": time.time()})
     print(f"moedist: {outcome}: {why}", flush=True)
     if again:
-        subprocess.run(["scontrol", "requeue", number], check=True)
+        done = subprocess.run(["scontrol", "requeue", number], capture_output=True, text=True, check=False)
+        if done.returncode:  # such as a job that Slurm has put back by itself
+            print(f"moedist: scontrol requeue {number}: {done.stderr.strip()}", flush=True)
     return {"given up": code or GIVEN_UP, "failed": code}.get(outcome, 0)
 
 
 def _why_told(number: str) -> str:
-    """Why Slurm ends a job: limit, or preempted. It does not tell the latter from a cancel by others, after which it does nothing
-    more either."""
+    """Why Slurm ends a job: limit, or preempted. It does not tell the latter from a cancel by others, after which it does
+    nothing more either."""
     found = ask_slurm("squeue", "-h", "-t", "all", "-j", number, "-o", "%T|%r")
     return "limit" if any("TIMEOUT" in line or "TimeLimit" in line for line in found) else "preempted"
 

@@ -33,7 +33,7 @@ def find_job(text: str, root: str | Path = "runs") -> JobFolder:
     for folder in reversed(job_folders(root)):
         if text.split("_")[0] in folder.read().numbers:
             return folder
-    raise ConfigError(f"no job {text!r} in {Path(root) / 'jobs'}; `moedist jobs` lists them (--folder: of another folder of runs)")
+    raise ConfigError(f"no job {text!r} in {Path(root) / 'jobs'}; `moedist jobs` lists them (--folder: of other runs)")
 
 
 def state_of(job: Job, member: Member, index: int, queue: Mapping[str, Queued]) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from moedist.errors import ConfigError
 
-ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT", "STAGE_OUT",
-          "SIGNALING", "RESIZING", "STOPPED")
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT",
+          "STAGE_OUT", "SIGNALING", "RESIZING", "STOPPED")
 QUEUE = ("squeue", "-t", "all", "--me", "-o", "%i|%T|%N|%r")  # sacct needs an accounting database, which not all sites have
 
 

@@ -40,8 +40,8 @@ def read_site() -> list[Node]:
     nodes = []
     for line in ask_slurm("sinfo", "-h", "-N", "-o", "%N|%P|%f|%G|%c|%m|%T|%l"):
         name, partition, features, gres, cpus, memory, state, time = line.split("|")
-        nodes.append(Node(name, partition, frozenset(features.split(",")), gres, int(cpus.rstrip("+")), int(memory.rstrip("+")),
-                          state, time))
+        nodes.append(Node(name, partition, frozenset(features.split(",")), gres, int(cpus.rstrip("+")),
+                          int(memory.rstrip("+")), state, time))
     return nodes
 
 
@@ -92,12 +92,12 @@ def nodes_there(profile: Profile, site: Sequence[Node]) -> dict[str, int]:
 
 def _refuse_time(time: str, limit: str, where: str) -> None:
     if limit not in ("infinite", "UNLIMITED", "n/a") and seconds_of(time) > seconds_of(limit):
-        raise ConfigError(f"{where} lets jobs run for {limit} at most, and the time limit is {time}; set time lower (a job that "
-                          "reaches its limit saves, and comes back by itself)")
+        raise ConfigError(f"{where} lets jobs run for {limit} at most, and the time limit is {time}; set time lower (a job "
+                          "that reaches its limit saves, and comes back by itself)")
 
 
 def _fitting(kind: NodeKind, here: Sequence[Node], where: str) -> list[Node]:
-    """The nodes of a partition that have what a kind wants; refused, with the first thing that they lack, where too few have."""
+    """The nodes of a partition that have what a kind wants; refused, with what they lack first, where too few have it."""
     cores = kind.tasks_per_node * (kind.cpus_per_task or 1)
     steps = [("the feature " + str(kind.constraint), lambda n: _has_features(n, kind.constraint), "constraint",
               sorted(set().union(*(n.features for n in here)))),
@@ -110,8 +110,8 @@ def _fitting(kind: NodeKind, here: Sequence[Node], where: str) -> list[Node]:
     for what, fits, name, there in steps:
         left = [node for node in left if fits(node)]
         if len(left) < kind.nodes:
-            raise ConfigError(f"{where} has {len(left)} nodes with {what}, and {asked} {'are' if kind.nodes > 1 else 'is'} asked "
-                              f"for; set nodes or {name} otherwise (its nodes have: {', '.join(there)})")
+            raise ConfigError(f"{where} has {len(left)} nodes with {what}, and {asked} {'are' if kind.nodes > 1 else 'is'} "
+                              f"asked for; set nodes or {name} otherwise (its nodes have: {', '.join(there)})")
     return left
 
 

@@ -58,8 +58,8 @@ def judge(found: Sequence[Mapping[str, Any]], profile: Profile, config: Config, 
     """
     problems: list[str] = []
     if missing := sorted(set(range(tasks)) - {facts["rank"] for facts in found}):
-        problems.append(f"rank{'s' if len(missing) > 1 else ''} {_ranks(missing)} said nothing: the environment of that kind does "
-                        "not start, or does not see the job's folder; see the logs")
+        problems.append(f"rank{'s' if len(missing) > 1 else ''} {_ranks(missing)} said nothing: the environment of that kind "
+                        "does not start, or does not see the job's folder; see the logs")
     problems += list(dict.fromkeys(facts["problem"] for facts in found if facts["problem"] and not facts["met"]))
     for text in dict.fromkeys(facts["problem"] for facts in found if facts["problem"] and facts["met"]):
         problems.append(f"after ranks had met: {text}")
@@ -68,15 +68,15 @@ def judge(found: Sequence[Mapping[str, Any]], profile: Profile, config: Config, 
     for facts in found:
         where = f"rank {facts['rank']} on {facts['host']}"
         if facts["met"] and facts["sees"] < facts["size"] and not facts["problem"]:
-            problems.append(f"{where} sees {facts['sees']} of the {facts['size']} files that ranks have written: the job's folder "
-                            "is not on a file system that all nodes share, or is late")
+            problems.append(f"{where} sees {facts['sees']} of the {facts['size']} files that ranks have written: the job's "
+                            "folder is not on a file system that all nodes share, or is late")
         if abs(facts["skew_s"]) > SLOW_SKEW_S:
             problems.append(f"{where}: its clock is {facts['skew_s']:+.1f} s off rank 0's; let the site set it (chrony, NTP)")
         if facts["data"]:
             problems.append(f"{where}: {facts['data']}")
         if facts["wandb_online"] is False:
-            problems.append(f"{where} does not reach api.wandb.ai, but the run would be online; set WANDB_MODE=offline among the "
-                            "kind's variables, and wandb sync from the login node")
+            problems.append(f"{where} does not reach api.wandb.ai, but the run would be online; set WANDB_MODE=offline among "
+                            "the kind's variables, and wandb sync from the login node")
     return list(dict.fromkeys(problems)), _remarks(found)
 
 
@@ -91,8 +91,8 @@ def _of_kinds(found: Sequence[Mapping[str, Any]], profile: Profile) -> list[str]
         few = [facts for facts in ranks if 0 < len(facts["devices"]) < kind.tasks_per_node]
         if blind:
             problems.append(f"kind {kind.name} asks for {kind.gres}, but torch {blind[0]['versions']['torch']} of rank "
-                            f"{_ranks(f['rank'] for f in blind)} sees no accelerator on {blind[0]['host']}: a build for CPUs, or "
-                            "no driver there; it would train on the CPU")
+                            f"{_ranks(f['rank'] for f in blind)} sees no accelerator on {blind[0]['host']}: a build for CPUs, "
+                            "or no driver there; it would train on the CPU")
         if few:
             problems.append(f"kind {kind.name} has {kind.tasks_per_node} ranks a node, but {few[0]['host']} shows "
                             f"{len(few[0]['devices'])} devices: ranks would share them; set gres or tasks_per_node otherwise")
@@ -106,8 +106,8 @@ def _of_versions(found: Sequence[Mapping[str, Any]], config: Config) -> list[str
         problems.append(f"ranks have different versions of moedist: {', '.join(sorted(own))}; install the same everywhere")
     series = {".".join(facts["versions"]["torch"].split(".")[:2]) for facts in found}
     if len(series) > 1:
-        problems.append(f"ranks have different versions of torch ({', '.join(sorted(series))}): checkpoints and random numbers may "
-                        "differ; install one version, in each vendor's build")
+        problems.append(f"ranks have different versions of torch ({', '.join(sorted(series))}): checkpoints and random "
+                        "numbers may differ; install one version, in each vendor's build")
     needed = {"deepspeed": config.engine.name == "deepspeed", "mpi4py": config.world.transport == "mpi"}
     for name in (name for name, asked in needed.items() if asked):
         if without := [facts for facts in found if name not in facts["versions"]]:
@@ -123,8 +123,8 @@ def _remarks(found: Sequence[Mapping[str, Any]]) -> list[str]:
         fastest = max(facts["sends_bytes_per_s"] for facts in met)
         for facts in met:
             if facts["sends_bytes_per_s"] < SLOW_LINK * fastest:
-                remarks.append(f"rank {facts['rank']} on {facts['host']} sends {facts['sends_bytes_per_s'] / 1e9:.2g} GB/s, the "
-                               f"fastest {fastest / 1e9:.2g} GB/s")
+                remarks.append(f"rank {facts['rank']} on {facts['host']} sends {facts['sends_bytes_per_s'] / 1e9:.2g} GB/s, "
+                               f"the fastest {fastest / 1e9:.2g} GB/s")
     if len({facts["versions"]["python"] for facts in found}) > 1:
         remarks.append("ranks have different versions of Python, which is fine")
     return remarks

@@ -211,7 +211,8 @@ def _kinds(profile: Profile) -> list[str]:
 
 def _profile_text(origin: Path, profile: Profile) -> str:
     """All keys, so that what a later version's defaults are does not matter."""
-    return f"# {shlex.quote(str(origin))} as it was when the job was submitted\n{yaml.safe_dump(asdict(profile), sort_keys=False)}"
+    keys = yaml.safe_dump(asdict(profile), sort_keys=False)
+    return f"# {shlex.quote(str(origin))} as it was when the job was submitted\n{keys}"
 
 
 def show(folder: JobFolder, followed: bool) -> None:

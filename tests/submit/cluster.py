@@ -119,11 +119,15 @@ class Cluster:
 
     def release(self, folder: JobFolder) -> None:
         """Slurm holds a job back for two minutes after it was requeued; here until nothing of its last life is left."""
-        self.wait("the last life is over", lambda: not any(self._steps(node) for node in NODES), folder)
+        self.wait_until_over(folder)
         number = folder.read().numbers[0]
         size = len(folder.read().kinds) if folder.read().form == "hetjob" else 1
         for i in range(size):
             subprocess.run(["scontrol", "update", f"JobId={int(number) + i}", "StartTime=now"], check=True)
+
+    def wait_until_over(self, folder: JobFolder) -> None:
+        """Until nothing is left of the last life on any node."""
+        self.wait("the last life is over", lambda: not any(self._steps(node) for node in NODES), folder)
 
     def said(self, folder: JobFolder) -> str:
         logs = [*folder.path.glob("slurm-*.log"), *(log for m in folder.members() for log in sorted(m.logs.glob("*-*.log")))]
@@ -139,7 +143,8 @@ class Cluster:
 
     def _processes(self, node: str) -> list[tuple[int, list[bytes]]]:
         number = json.loads((self.folder / "state.json").read_text())["number"]
-        text = subprocess.run(["ip", "netns", "pids", f"moedev{number}-{node}"], capture_output=True, text=True, check=True).stdout
+        command = ["ip", "netns", "pids", f"moedev{number}-{node}"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = []
         for pid in map(int, text.split()):
             with suppress(OSError):

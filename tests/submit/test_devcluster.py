@@ -27,15 +27,17 @@ def test_what_it_refuses_is_one_line(tmp_path, arguments, message):
 
 def test_a_second_one_and_unknown_nodes(slurm):
     assert "there is a cluster in" in devcluster(slurm.folder, "start", "a=1").stderr
-    assert "there is no node 'amd9'; there are nvidia1, nvidia2, amd1, amd2" in devcluster(slurm.folder, "crash", "amd9").stderr
+    said = devcluster(slurm.folder, "crash", "amd9").stderr
+    assert "there is no node 'amd9'; there are nvidia1, nvidia2, amd1, amd2" in said
 
 
 def test_nodes_have_networks_names_and_files_of_their_own(slurm):
     script = "hostname; ip -4 -o addr show eth0 | awk '{print $4}'; ls -A /tmp /dev/shm | wc -l; echo $CUDA_VISIBLE_DEVICES"
-    done = subprocess.run(["srun", "-l", "-N", "2", "-p", "nvidia", "--gres=gpu:nvidia:2", "bash", "-c", script], cwd=slurm.shared,
-                          capture_output=True, text=True, timeout=60)
+    command = ["srun", "-l", "-N", "2", "-p", "nvidia", "--gres=gpu:nvidia:2", "bash", "-c", script]
+    done = subprocess.run(command, cwd=slurm.shared, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    said = [[line.split(": ")[1] for line in sorted(done.stdout.splitlines()) if line.startswith(f"{task}:")] for task in (0, 1)]
+    lines = sorted(done.stdout.splitlines())
+    said = [[line.split(": ")[1] for line in lines if line.startswith(f"{task}:")] for task in (0, 1)]
     assert {"nvidia1", "nvidia2"} == {word for lines in said for word in lines if word.startswith("nvidia")}
     assert len({word for lines in said for word in lines if word.startswith("10.214.")}) == 2
     assert all("0,1" in lines for lines in said)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from moedist.submit.listing import cancel
+from moedist.submit.queue import queued
 from moedist.submit.submit import resize
 from tests.launching import metrics
 from tests.submit.test_jobs import by_torchrun, losses
@@ -22,7 +23,8 @@ def test_time_limit_saves_comes_back_and_equals_an_uninterrupted_run(slurm):
     folder = slurm.submit(profile, *TWO, "phases=[{train: 5000}]", "world.slowdown={0: [1, 1], 3: [10, 10]}")
     slurm.wait_for_step(folder, 3)
     run_for = subprocess.run(["squeue", "-h", "-j", folder.read().numbers[0], "-o", "%M"], capture_output=True, text=True)
-    minutes = int(run_for.stdout.split()[0].split(":")[0]) + 2  # Slurm's own limit, brought near: it sends the signal by itself
+    # Slurm's own limit, brought near: it sends the signal by itself
+    minutes = int(run_for.stdout.split()[0].split(":")[0]) + 2
     for number in _numbers(folder):
         subprocess.run(["scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}"], check=True)
     slurm.wait_for_requeue(folder)
@@ -46,7 +48,8 @@ def test_time_limit_saves_comes_back_and_equals_an_uninterrupted_run(slurm):
 
 def test_preempted_job_goes_on_with_one_node_fewer(slurm):
     profile = slurm.profile("preempted", nvidia="nodes: 1", amd="nodes: 2, min_nodes: 1")
-    folder = slurm.submit(profile, "phases=[{train: 200}]", "placement.probe_s=0.2", "world.slowdown={0: [1, 1, 1], 3: [10, 10, 10]}")
+    folder = slurm.submit(profile, "phases=[{train: 200}]", "placement.probe_s=0.2",
+                          "world.slowdown={0: [1, 1, 1], 3: [10, 10, 10]}")
     slurm.wait_for_step(folder, 3)
     urgent = subprocess.run(["sbatch", "--parsable", "-p", "urgent", "-w", "amd1", "--exclusive", "-o", "/dev/null", "--wrap",
                              "sleep 300"], capture_output=True, text=True, check=True).stdout.strip()
@@ -55,6 +58,8 @@ def test_preempted_job_goes_on_with_one_node_fewer(slurm):
         member, = folder.members()
         assert [life["outcome"] for life in member.lives()] == ["preempted"], slurm.said(folder)
         before = member.run().steps()[-1]
+        slurm.wait_until_over(folder)
+        slurm.wait("the urgent job runs", lambda: queued()[urgent].state == "RUNNING", folder)
         resize(folder)  # as many nodes as are idle: amd1 is taken
         slurm.wait_until_ended(folder)
     finally:
@@ -70,7 +75,8 @@ def test_preempted_job_goes_on_with_one_node_fewer(slurm):
 
 def test_crashed_node_is_survived(slurm):
     profile = slurm.profile("crash", nvidia="nodes: 1", amd="nodes: 1")
-    folder = slurm.submit(profile, *TWO, "phases=[{train: 60}]", "checkpoint.every=5", "world.slowdown={0: [1, 1], 3: [10, 10]}")
+    folder = slurm.submit(profile, *TWO, "phases=[{train: 60}]", "checkpoint.every=5",
+                          "world.slowdown={0: [1, 1], 3: [10, 10]}")
     slurm.wait_for_step(folder, 11)
     member, = folder.members()
     node = next(node for node in ("amd1", "amd2") if slurm.pids_of_ranks(node))

@@ -1,4 +1,4 @@
-"""The texts for sbatch are compared with recorded files; MOEDIST_RECORD=1 writes them anew, to be read before they are committed."""
+"""The texts for sbatch are compared with recorded files; MOEDIST_RECORD=1 writes them anew."""
 
 import os
 from pathlib import Path
