@@ -58,10 +58,9 @@ def decide(job: Job, lives: Sequence[Mapping[str, Any]], restarts: int, told: st
 
 def start(member: Member, env: Mapping[str, str] = os.environ) -> list[str]:
     """Shell lines for the batch script: which run to go on with, which life this is, and where ranks are to be."""
-    life = int(env.get("SLURM_RESTART_COUNT") or 0)
-    # a job that was resized has another number, and counts its restarts anew
-    life += sum(other["number"] != env.get("SLURM_JOB_ID") for other in member.lives())
     member.logs.mkdir(parents=True, exist_ok=True)
+    # not by Slurm's count of restarts: a job that was resized has another number
+    life = 1 + max((int(log.name.split("-")[0]) for log in member.logs.glob("*-*.log")), default=-1)
     if life and all(other["life"] != life - 1 for other in member.lives()):  # its batch script did not outlive it
         member.add_life({"life": life - 1, "number": env.get("SLURM_JOB_ID", ""), "outcome": "lost",
                          "step": int(member.last_metrics().get("step", 0)), "code": None, "why": "a node failed, or Slurm "

@@ -55,10 +55,10 @@ def test_preempted_job_goes_on_with_one_node_fewer(slurm):
                              "sleep 300"], capture_output=True, text=True, check=True).stdout.strip()
     try:
         slurm.wait_for_requeue(folder)
+        slurm.wait_until_over(folder)
         member, = folder.members()
         assert [life["outcome"] for life in member.lives()] == ["preempted"], slurm.said(folder)
         before = member.run().steps()[-1]
-        slurm.wait_until_over(folder)
         slurm.wait("the urgent job runs", lambda: queued()[urgent].state == "RUNNING", folder)
         resize(folder)  # as many nodes as are idle: amd1 is taken
         slurm.wait_until_ended(folder)
