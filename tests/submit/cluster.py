@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -50,6 +51,8 @@ class Cluster:
                             "PYTHONPATH": str(ROOT)}
 
     def start(self) -> None:
+        self._lock = open(f"{self.folder}.lock", "w", encoding="utf-8")  # another session of this checkout: wait for its end
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         with suppress(RuntimeError):
             self.devcluster("stop")
         self.devcluster("start", "nvidia=2x2", "amd=2x1")
@@ -62,6 +65,7 @@ class Cluster:
 
     def stop(self) -> None:
         self.devcluster("stop")
+        self._lock.close()
 
     def devcluster(self, *arguments: str) -> None:
         done = subprocess.run([DEVCLUSTER, "--folder", self.folder, *arguments], capture_output=True, text=True, timeout=120)
@@ -120,14 +124,12 @@ class Cluster:
     def release(self, folder: JobFolder) -> None:
         """Slurm holds a job back for two minutes after it was requeued; here until nothing of its last life is left."""
         self.wait_until_over(folder)
-        number = folder.read().numbers[0]
-        size = len(folder.read().kinds) if folder.read().form == "hetjob" else 1
-        for i in range(size):
-            subprocess.run(["scontrol", "update", f"JobId={int(number) + i}", "StartTime=now"], check=True)
+        for number in numbers(folder):
+            subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
 
     def wait_until_over(self, folder: JobFolder) -> None:
         """Until nothing is left of the last life on any node."""
-        self.wait("the last life is over", lambda: not any(self._steps(node) for node in NODES), folder)
+        self.wait("the last life is over", lambda: not any(self._steps(node) & set(numbers(folder)) for node in NODES), folder)
 
     def said(self, folder: JobFolder) -> str:
         logs = [*folder.path.glob("slurm-*.log"), *(log for m in folder.members() for log in sorted(m.logs.glob("*-*.log")))]
@@ -137,9 +139,10 @@ class Cluster:
         """Processes of training ranks on a node."""
         return [pid for pid, words in self._processes(node) if b"submitit.core._submit" in words and b"python" in words[0]]
 
-    def _steps(self, node: str) -> list[int]:
-        """Slurm's processes beside steps and batch scripts on a node."""
-        return [pid for pid, words in self._processes(node) if words[0].startswith(b"slurmstepd")]
+    def _steps(self, node: str) -> set[str]:
+        """Numbers of the jobs that have a step or batch script on a node: each has a process called slurmstepd: [7.batch]."""
+        titles = [words[0].decode() for _, words in self._processes(node)]
+        return {title.split("[")[1].split(".")[0] for title in titles if title.startswith("slurmstepd: [")}
 
     def _processes(self, node: str) -> list[tuple[int, list[bytes]]]:
         number = json.loads((self.folder / "state.json").read_text())["number"]
@@ -150,6 +153,12 @@ class Cluster:
             with suppress(OSError):
                 found.append((pid, Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")))
         return found
+
+
+def numbers(folder: JobFolder) -> list[str]:
+    """Slurm's numbers of a job's components."""
+    job = folder.read()
+    return [str(int(job.numbers[0]) + i) for i in range(len(job.kinds) if job.form == "hetjob" else 1)]
 
 
 def step_of(member: Member) -> int:

@@ -11,6 +11,7 @@ from moedist.submit.listing import cancel
 from moedist.submit.queue import queued
 from moedist.submit.submit import resize
 from tests.launching import metrics
+from tests.submit.cluster import numbers
 from tests.submit.test_jobs import by_torchrun, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # bounds of their own: every wait has one
@@ -25,7 +26,7 @@ def test_time_limit_saves_comes_back_and_equals_an_uninterrupted_run(slurm):
     run_for = subprocess.run(["squeue", "-h", "-j", folder.read().numbers[0], "-o", "%M"], capture_output=True, text=True)
     # Slurm's own limit, brought near: it sends the signal by itself
     minutes = int(run_for.stdout.split()[0].split(":")[0]) + 2
-    for number in _numbers(folder):
+    for number in numbers(folder):
         subprocess.run(["scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}"], check=True)
     slurm.wait_for_requeue(folder)
     member, = folder.members()
@@ -33,11 +34,11 @@ def test_time_limit_saves_comes_back_and_equals_an_uninterrupted_run(slurm):
     assert life["outcome"] == "stopped" and life["code"] == 0, slurm.said(folder)
     stopped = life["step"]
     assert member.run().steps()[-1] == stopped
-    for number in _numbers(folder):
+    for number in numbers(folder):
         subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=10"], check=True)
     slurm.release(folder)
     slurm.wait_for_step(folder, stopped + 5)
-    assert "goes on with" in (folder.path / f"slurm-{_numbers(folder)[0]}.log").read_text()
+    assert "goes on with" in (folder.path / f"slurm-{numbers(folder)[0]}.log").read_text()
     said = cancel(str(folder.path))
     assert "cancelled" in said
     slurm.wait_until_ended(folder, "CANCELLED")
@@ -115,9 +116,3 @@ def test_job_that_fails_twice_at_one_step_is_given_up(slurm):
     assert [life["outcome"] for life in lives] == ["failed", "given up"]
     assert "where it had failed before" in lives[1]["why"] and "/tmp/not-there" in lives[1]["why"]
     assert "moedist: given up" in next(folder.path.glob("slurm-*.log")).read_text()
-
-
-def _numbers(folder):
-    """Slurm's numbers of the components."""
-    job = folder.read()
-    return [str(int(job.numbers[0]) + i) for i in range(len(job.kinds))]
