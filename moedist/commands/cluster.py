@@ -88,9 +88,10 @@ def _jobs(args: argparse.Namespace) -> None:
     from moedist.submit.listing import find_job, show_jobs
     if args.follow:
         from moedist.submit.follow import follow
+        from moedist.submit.submit import resize
         if len(args.job) != 1:
             raise ConfigError("--follow shows one job; name it (moedist jobs lists them)")
-        follow(find_job(args.job[0], args.folder).members()[0])
+        follow(find_job(args.job[0], args.folder).members()[0], resize)
     else:
         print(show_jobs(args.folder, args.job))
 

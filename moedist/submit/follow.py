@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import Callable
 
-from moedist.submit.job_folder import Member
+from moedist.errors import ConfigError
+from moedist.submit.job_folder import JobFolder, Member
 from moedist.submit.listing import ENDED, state_of
 from moedist.submit.queue import queued
 
 POLL_S = 0.5
 ASK_S = 10.0  # between questions to Slurm
+PATIENCE_S = 300.0  # Slurm itself holds back for two minutes what was requeued
 
 
 class _Tail:
@@ -41,26 +43,44 @@ def follow_file(path: Path, done: Callable[[], bool]) -> None:
         time.sleep(POLL_S)
 
 
-def follow(member: Member) -> None:
-    """Rank 0's log of every life, and what Slurm says meanwhile, until the job has ended. Ctrl-C does not stop the job."""
+def follow(member: Member, fit: Callable[[JobFolder], object], patience_s: float = PATIENCE_S) -> None:
+    """Rank 0's log of every life, and what Slurm says meanwhile, until the job has ended. Ctrl-C does not stop the job.
+
+    Args:
+        fit: submits a job anew on the nodes that are there; called where a heterogeneous job that ran before has waited for
+            `patience_s`: Slurm gives it all its nodes or none.
+    """
     tails: dict[str, _Tail] = {}
-    number = member.folder.read().numbers
-    index = 0 if member.path == member.folder.path else int(member.path.name)
-    last, asked, state = "", 0.0, ""
+    folder, index = member.folder, 0 if member.path == member.folder.path else int(member.path.name)
+    asked, state, since = -ASK_S, "", time.monotonic()
     try:
         while True:
-            if time.monotonic() - asked > ASK_S or not asked or state in ENDED:
-                asked = time.monotonic()
-                job = member.folder.read()
-                state = state_of(job, member, index, queued())
+            if time.monotonic() - asked > ASK_S:
+                asked, last = time.monotonic(), state
+                state = state_of(folder.read(), member, index, queued())
                 if state != last:
-                    print(f"-- {state.lower()}" + (f" (job {', '.join(number)})" if not last else ""), flush=True)
-                last = state
-            paths = [*member.folder.path.glob("slurm-*.log"), *member.logs.glob("*-0.log")]
+                    since = time.monotonic()
+                    print(f"-- {state.lower()} (job {folder.read().number(index)})", flush=True)
+                if state == "PENDING" and time.monotonic() - since >= patience_s:
+                    since = time.monotonic()
+                    _fit(folder, member, fit)
+            paths = [*folder.path.glob("slurm-*.log"), *member.logs.glob("*-0.log")]
             for path in sorted(paths, key=lambda p: p.stat().st_mtime):
                 tails.setdefault(str(path), _Tail(path)).show()
             if state in ENDED:
                 return
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; moedist jobs {member.folder.path.name} --follow shows it again")
+        print(f"\nthe job goes on; moedist jobs {folder.path.name} --follow shows it again")
+
+
+def _fit(folder: JobFolder, member: Member, fit: Callable[[JobFolder], object]) -> None:
+    if folder.read().form != "hetjob" or not member.lives():
+        return
+    try:
+        fit(folder)
+    except ConfigError as error:
+        print(f"-- waits on: {error}", flush=True)
+    else:
+        job = folder.read()
+        print(f"-- not all nodes came back: submitted anew on {', '.join(job.kinds)} (job {job.number(0)})", flush=True)

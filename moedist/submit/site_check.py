@@ -13,7 +13,7 @@ from moedist.monitor.table import table
 from moedist.submit.follow import follow
 from moedist.submit.job_folder import JobFolder
 from moedist.submit.profile import Profile, read_profile
-from moedist.submit.submit import Request, submit
+from moedist.submit.submit import Request, resize, submit
 
 LIMIT = "5:00"  # a check takes seconds; torch is imported from a file system that nobody has read yet
 SLOW_SKEW_S = 2.0
@@ -27,7 +27,7 @@ def check_site(request: Request) -> bool:
         Whether nothing would break a run.
     """
     folder = submit(replace(request, time=LIMIT, each=((),)), checked=True)
-    follow(folder.members()[0])
+    follow(folder.members()[0], resize)
     found = read_facts(folder)
     profile, config = read_profile(folder.profile), load_config(request.config, request.overrides)
     problems, remarks = judge(found, profile, config, folder.read().tasks)

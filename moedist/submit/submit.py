@@ -16,7 +16,7 @@ from moedist.config import Config, check_config, load_config
 from moedist.errors import ConfigError
 from moedist.submit.check_task import CheckTask
 from moedist.submit.follow import follow, follow_file
-from moedist.submit.job_folder import Job, JobFolder, Member
+from moedist.submit.job_folder import Job, JobFolder
 from moedist.submit.listing import state_of
 from moedist.submit.profile import Profile, read_profile
 from moedist.submit.queue import ask_slurm, queued
@@ -222,4 +222,4 @@ def show(folder: JobFolder, followed: bool) -> None:
           + (f"; {len(job.overrides)} trainings" if len(job.overrides) > 1 else "") + f")\nfolder {folder}\n"
           f"next: moedist jobs, moedist jobs {folder.path.name} --follow, moedist cancel {folder.path.name}", flush=True)
     if followed:
-        follow(Member(folder.members()[0].path))
+        follow(folder.members()[0], resize)

@@ -8,6 +8,7 @@ import pytest
 
 from moedist.submit.submit import run_here
 from tests.launching import QUICKSTART, metrics, moedist, only_run
+from tests.ranks import mpirun
 from tests.submit.cluster import ROOT, step_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # bounds of their own: every wait has one
@@ -104,3 +105,15 @@ def test_command_line_follows_and_lists(slurm):
 def only_job(runs):
     (job,) = (runs / "jobs").iterdir()
     return job
+
+
+@pytest.mark.parametrize("amd_first", [False, True], ids=["nvidia first", "amd first"])
+def test_mpi_over_both_kinds(slurm, amd_first):
+    """Uneven ranks per node, where MPICH waits for ever on Slurm's process map unless it is told not to look at it."""
+    mpirun(2)  # skips where there is no MPI
+    profile = slurm.profile(f"mpi-{amd_first}", nvidia="nodes: 1, tasks_per_node: 2", amd="nodes: 1", amd_first=amd_first,
+                            mpi="pmi2")
+    folder = slurm.submit(profile, *THREE, "seed=4", "world.transport=mpi")
+    slurm.wait_until_ended(folder)
+    assert "rows travel by mpi" in folder.members()[0].log(0).read_text()
+    assert losses(folder) == pytest.approx(by_torchrun(slurm, 3, [*THREE, "seed=4"]), abs=1e-12)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from moedist.submit.follow import follow
 from moedist.submit.listing import cancel
 from moedist.submit.queue import queued
 from moedist.submit.submit import resize
@@ -61,7 +62,7 @@ def test_preempted_job_goes_on_with_one_node_fewer(slurm):
         assert [life["outcome"] for life in member.lives()] == ["preempted"], slurm.said(folder)
         before = member.run().steps()[-1]
         slurm.wait("the urgent job runs", lambda: queued()[urgent].state == "RUNNING", folder)
-        resize(folder)  # as many nodes as are idle: amd1 is taken
+        follow(member, resize, patience_s=0)  # on as many nodes as are idle: amd1 is taken
         slurm.wait_until_ended(folder)
     finally:
         subprocess.run(["scancel", urgent], check=True)
