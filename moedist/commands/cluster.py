@@ -38,7 +38,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     way = submit.add_mutually_exclusive_group()
     way.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     way.add_argument("--local", action="store_true", help="run it on this machine, all ranks, and show the log")
-    way.add_argument("--check", action="store_true", help="instead, a job of two minutes that tells what would break the run")
+    way.add_argument("--check", action="store_true", help="instead, a job of a minute or two that tells what would break the run")
     way.add_argument("--follow", action="store_true", help="show rank 0's log until the job has ended")
 
     jobs = add_command(commands, "jobs", "list jobs: state, step, loss, nodes", _jobs, EXAMPLES["jobs"])

@@ -61,7 +61,7 @@ class Cluster:
             venv = self.shared / f"venv-{kind}"
             subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
             (folder,) = venv.glob("lib/python*/site-packages")
-            for library in Path(sys.prefix, "lib").glob("libmpi*.so*"):  # where mpi4py looks for MPICH's
+            for library in Path(sys.prefix, "lib").glob("*mpi*"):  # where mpi4py looks for MPICH, and MPICH for its own
                 (venv / "lib" / library.name).symlink_to(library)
             (folder / "tests.pth").write_text("".join(VENV.format(packages=path) for path in site.getsitepackages()))
 
