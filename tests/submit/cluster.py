@@ -120,8 +120,14 @@ class Cluster:
         assert self.state(folder, index) == state, self.said(folder)
 
     def wait_for_requeue(self, folder: JobFolder) -> None:
-        """Until Slurm has put a job back into the queue."""
-        self.wait("requeued", lambda: self.state(folder) == "PENDING", folder)
+        """Until Slurm has put a job back into the queue; it waits there before its first life as well."""
+        command = ["scontrol", "show", "job", numbers(folder)[0]]
+
+        def requeued() -> bool:
+            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            return "Restarts=0" not in shown and "JobState=PENDING" in shown
+
+        self.wait("requeued", requeued, folder)
 
     def release(self, folder: JobFolder) -> None:
         """Slurm holds a job back for two minutes after it was requeued; here until nothing of its last life is left."""
