@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by launch/quickstart, launch/local and tests/run: makes .venv, then sets up a run's surroundings.
+# Shared by launch/quickstart, launch/local and tests/run: makes .venv, for the tests Slurm too, then sets up a run's surroundings.
 # To be sourced. Variables a user may set:
 #   MOEDIST_PYTHON       the interpreter to make .venv with (default: the first python3 that is 3.10 or newer)
 #   MOEDIST_TORCH_INDEX  the package index to take torch from (default: chosen for this machine's GPU)
@@ -159,6 +159,27 @@ set_up() {
         if ((status)); then exit "$status"; fi
     fi
     use_venv
+}
+
+# install_slurm: Slurm and munge for slurm/devcluster, where this is Debian or Ubuntu and root asks. Where not, what needs
+# them says so.
+install_slurm() {
+    local missing=() program
+    for program in slurmctld slurmd sbatch munged ip; do
+        command -v "$program" >/dev/null || missing+=("$program")
+    done
+    if ((${#missing[@]} == 0)); then return; fi
+    if ((EUID)) || ! command -v apt-get >/dev/null; then
+        say "no ${missing[*]}: tests that need a Slurm are skipped (as root on Debian or Ubuntu it would be installed)"
+        return
+    fi
+    say "installing slurm-wlm and munge for slurm/devcluster"
+    local options=(-qq -y --no-install-recommends -o DPkg::Lock::Timeout=120)
+    if ! DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" slurm-wlm munge iproute2 >/dev/null 2>&1; then
+        apt-get update -qq >/dev/null 2>&1 || true
+        DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" slurm-wlm munge iproute2 >/dev/null ||
+            say "could not install them: tests that need a Slurm are skipped"
+    fi
 }
 
 use_venv() {

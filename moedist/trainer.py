@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shlex
 import sys
 import time
@@ -21,6 +22,7 @@ from moedist.dispatch import build_transport, describe_ways
 from moedist.engine import build_engine, check_deepspeed
 from moedist.errors import CheckpointError, DataError
 from moedist.links import check_links, link_test_wanted
+from moedist.milestones import passed
 from moedist.model import Transformer
 from moedist.monitor import Recorder, spoken
 from moedist.phases import PHASES, Run, check_methods
@@ -57,13 +59,16 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     written, notice = written_plan(config, size, meta)
     if dropped:
         notice = "; ".join([*([notice] if notice else []), f"left out, being for {meta['world_size']} ranks: {', '.join(dropped)}"])
+    passed("imports")
     with World.start(config.world) as world:
+        passed("until ranks had met")
         _say(config, world, notice)
         if link_test_wanted(world, config.world.link_test):
             check_links(world, build_transport(world), say=functools.partial(_say, config, world))
         run = resumed_run(config, world, folder) if folder else build_run(config, world, written)
         run.signals.listen()
         run.recorder.say(_describe(run))
+        passed("for the model")
         try:
             for i in range(run.progress.phase, len(config.phases)):
                 (name, value), = config.phases[i].items()
@@ -175,10 +180,12 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
         raise DataError("the text has no validation split; set data.valid_fraction above 0 to hold a part out")
     train_stream = TrainStream(corpus.train, config.data.sequence_length, config.seed)
     valid_stream = EvalStream(corpus.valid, config.data.sequence_length, config.train.eval_tokens)
+    passed("for the text")
     transport, vocab = build_transport(world), corpus.tokenizer.vocab_size
     world.meter.begin(meta["progress"]["step"] if meta else 0)  # a declared slow-down is that of the step it goes on from
     forms = forms_of(checkpoint) if checkpoint else None
     plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say, forms)
+    passed("to measure and plan")
     model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter, forms)
     engine = build_engine(model, config, world)
     progress = Progress()
@@ -213,6 +220,7 @@ def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus:
         else:
             folder.forget_metrics_after(step)
         folder.config_file.write_text(to_yaml(config), encoding="utf-8")
+        _tell_job("run", f"{folder.path.absolute()}\n")
     return RunFolder(world.broadcast_object(str(folder)))
 
 
@@ -221,6 +229,12 @@ def _say(config: Config, world: World, text: str | None) -> None:
     line = spoken(config.monitor.output, text) if text and world.is_main else None
     if line is not None:
         print(line, flush=True)
+
+
+def _tell_job(name: str, text: str) -> None:
+    """Leave a word for the job of Slurm that this run is of, and for its next life (`moedist.submit.life`)."""
+    if job := os.environ.get("MOEDIST_JOB"):
+        (Path(job) / name).write_text(text, encoding="utf-8")
 
 
 def _describe(run: Run) -> str:
@@ -266,6 +280,8 @@ def _finish(run: Run) -> None:
     if nothing_to_do:
         evaluate(run)
     result = run.held_out
+    if run.world.is_main:
+        _tell_job("done", f"{run.progress.step}\n")
     run.recorder.say(f"done: {run.progress.step} steps, validation loss {result.loss:.4f}, perplexity "
                      f"{result.perplexity:.2f} per token\nrun folder {run.folder}\nnext: {program()} generate {run.folder} "
                      f"--prompt \"def \"   or   {program()} evaluate {run.folder}   or   {program()} report {run.folder}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Mapping
 
 from moedist.checkpoint.parts import sync_folder
-from moedist.checkpoint.run_folder import RunFolder
+from moedist.run_folder import RunFolder
 from moedist.checkpoint.store import read_meta
 from moedist.errors import CheckpointError
 

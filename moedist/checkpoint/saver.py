@@ -23,7 +23,7 @@ import torch
 from moedist.checkpoint.buffers import HostBuffers
 from moedist.checkpoint.parts import Part, join_parts, share, write_part
 from moedist.checkpoint.retention import mend, put_in_place, remove_others
-from moedist.checkpoint.run_folder import RunFolder
+from moedist.run_folder import RunFolder
 from moedist.checkpoint.store import first_cause
 from moedist.errors import CheckpointError
 from moedist.world import World

@@ -121,6 +121,11 @@ def describe_keys() -> str:
     return "\n".join(lines)
 
 
+def describe_fields(cls: type) -> str:
+    """The fields of one dataclass as text for `--help`: name and meaning."""
+    return "\n".join(f"  {f.name}: {f.metadata['help']}" for f in dataclasses.fields(cls))
+
+
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML with a comment above every key; `load_config` reads it back equal."""
     return "".join(_yaml_lines(config, 0))

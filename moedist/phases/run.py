@@ -216,9 +216,10 @@ class Run:
 
 
 class Signals:
-    """Remembers signals until the end of the step: SIGTERM and SIGINT stop the run, SIGUSR1 saves a checkpoint."""
+    """Remembers signals until the end of the step: SIGTERM, SIGINT and SIGUSR2 (of Slurm, ahead of a time limit) stop the run,
+    SIGUSR1 saves a checkpoint."""
 
-    STOP = (signal.SIGTERM, signal.SIGINT)
+    STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     PATIENCE_S = 5  # Ctrl-C reaches a rank twice: from the terminal, and handed on by torchrun
 
     def __init__(self) -> None:
@@ -231,6 +232,7 @@ class Signals:
         for number in self.STOP:
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_save)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})  # a task of Slurm has held it back until here
 
     def _on_stop(self, number: int, _: Any) -> None:
         now = time.monotonic()

@@ -12,6 +12,7 @@ import torch
 from moedist.coordinator import RankTimes
 from moedist.engine import learning_rate
 from moedist.errors import MoedistError
+from moedist.milestones import first_step
 from moedist.model import LayerReport
 from moedist.monitor import Alert, traffic_sums
 from moedist.phases.evaluation import held_out_loss
@@ -72,6 +73,8 @@ def train_phase(run: Run, steps: int) -> None:
     while progress.phase_step < steps:
         profile.before_step()
         report = train_step(run)
+        if line := first_step():
+            run.recorder.say(line)
         profile.after_step()
         note_step(run, report)
         sums = report.sums

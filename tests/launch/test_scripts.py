@@ -64,7 +64,10 @@ def pinned_versions(python):
 # -- the files
 
 
-@pytest.mark.parametrize("script", [*PROGRAMS, "launch/setup.sh"])
+ENVIRONMENTS = [f"slurm/env/{kind}.sh" for kind in ("cuda", "rocm", "cpu")]
+
+
+@pytest.mark.parametrize("script", [*PROGRAMS, *ENVIRONMENTS, "launch/setup.sh"])
 def test_syntax(script):
     assert run("bash", "-n", ROOT / script).returncode == 0
 

@@ -1,0 +1,174 @@
+"""The Slurm that the tests submit to: slurm/devcluster, with two environments on a folder that all nodes see."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from moedist.submit.job_folder import JobFolder, Member
+from moedist.submit.listing import ENDED, state_of
+from moedist.submit.queue import queued
+from moedist.submit.submit import Request, submit
+from tests.launching import TINY
+
+ROOT = Path(__file__).parents[2]
+DEVCLUSTER = ROOT / "slurm" / "devcluster"
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+NODES = ("nvidia1", "nvidia2", "amd1", "amd2")
+VENV = """import site; site.addsitedir({packages!r})
+"""
+
+
+def refused() -> str:
+    """Why there can be no Slurm here; empty where there can."""
+    if sys.platform != "linux" or os.geteuid():
+        return "slurm/devcluster needs Linux and root"
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    return f"no {', '.join(missing)} here (apt-get install slurm-wlm munge iproute2)" if missing else ""
+
+
+class Cluster:
+    """Four nodes: nvidia1, nvidia2 with two ranks' worth of GPUs, amd1, amd2 with one."""
+
+    def __init__(self) -> None:
+        # not below /tmp, of which every node has its own; one a checkout, so that what a killed session left is found
+        mark = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
+        self.folder = Path(f"/var/tmp/moedist-tests-{mark}")
+        self.shared = self.folder / "shared"
+        self.environment = {"SLURM_CONF": str(self.folder / "slurm.conf"), "MOEDIST_CACHE": str(self.shared / "cache"),
+                            "PYTHONPATH": str(ROOT)}
+
+    def start(self) -> None:
+        self._lock = open(f"{self.folder}.lock", "w", encoding="utf-8")  # another session of this checkout: wait for its end
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with suppress(RuntimeError):
+            self.devcluster("stop")
+        self.devcluster("start", "nvidia=2x2", "amd=2x1")
+        (self.shared / "cache").mkdir()
+        for kind in ("nvidia", "amd"):
+            venv = self.shared / f"venv-{kind}"
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+            (folder,) = venv.glob("lib/python*/site-packages")
+            for library in Path(sys.prefix, "lib").glob("*mpi*"):  # where mpi4py looks for MPICH, and MPICH for its own
+                (venv / "lib" / library.name).symlink_to(library)
+            (folder / "tests.pth").write_text("".join(VENV.format(packages=path) for path in site.getsitepackages()))
+
+    def stop(self) -> None:
+        self.devcluster("stop")
+        self._lock.close()
+
+    def devcluster(self, *arguments: str) -> None:
+        done = subprocess.run([DEVCLUSTER, "--folder", self.folder, *arguments], capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise RuntimeError(f"devcluster {' '.join(arguments)}: {done.stdout}{done.stderr}")
+
+    # -- jobs
+
+    def profile(self, name: str, nvidia: str = "", amd: str = "", **keys: object) -> Path:
+        """A profile with the kinds that have keys, such as 'nodes: 2, tasks_per_node: 1'; the first given comes first."""
+        kinds = [(kind, own) for kind, own in (("nvidia", nvidia), ("amd", amd)) if own]
+        if keys.pop("amd_first", False):
+            kinds.reverse()
+        lines = ["kinds:"]
+        for kind, own in kinds:
+            partition = keys.get("partition", kind)
+            gres = "" if keys.get("form") == "constraint" else f'gres: "gpu:{kind}:1", '
+            lines.append(f"  - {{name: {kind}, partition: {partition}, {gres}cpus_per_task: 1, memory: 1G, "
+                         f"constraint: {kind}, venv: {self.shared}/venv-{kind}, {own}}}")
+        keys.pop("partition", None)
+        lines += [f"{key}: {value}" for key, value in {"time": '"10:00"', "signal_s": 60, **keys}.items()]
+        path = self.shared / f"{name}.yaml"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def request(self, profile: Path, *overrides: str, **more: object) -> Request:
+        """A tiny training in float64, in a folder of runs of the profile's name."""
+        return Request(str(ROOT / "configs/quickstart.yaml"), [*TINY, "train.dtype=float64", *overrides,
+                                                               f"folder={self.shared}/{profile.stem}"], str(profile), **more)
+
+    def submit(self, profile: Path, *overrides: str, **more: object) -> JobFolder:
+        return submit(self.request(profile, *overrides, **more))
+
+    def state(self, folder: JobFolder, index: int = 0) -> str:
+        return state_of(folder.read(), folder.members()[index], index, queued())
+
+    def wait(self, what: str, done: Callable[[], object], folder: JobFolder, timeout: float = 240) -> None:
+        """Until `done`; fails with all that the job has said."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {timeout:g} s: {what}\n{self.said(folder)}")
+            time.sleep(0.2)
+
+    def wait_for_step(self, folder: JobFolder, step: int, index: int = 0) -> None:
+        self.wait(f"step {step}", lambda: step_of(folder.members()[index]) >= step, folder)
+
+    def wait_until_ended(self, folder: JobFolder, state: str = "DONE", index: int = 0) -> None:
+        self.wait(state, lambda: self.state(folder, index) in ENDED, folder)
+        assert self.state(folder, index) == state, self.said(folder)
+
+    def wait_for_requeue(self, folder: JobFolder) -> None:
+        """Until Slurm has put a job back into the queue; it waits there before its first life as well."""
+        command = ["scontrol", "show", "job", numbers(folder)[0]]
+
+        def requeued() -> bool:
+            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            return "Restarts=0" not in shown and "JobState=PENDING" in shown
+
+        self.wait("requeued", requeued, folder)
+
+    def release(self, folder: JobFolder) -> None:
+        """Slurm holds a job back for two minutes after it was requeued; here until nothing of its last life is left."""
+        self.wait_until_over(folder)
+        for number in numbers(folder):
+            subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
+
+    def wait_until_over(self, folder: JobFolder) -> None:
+        """Until nothing is left of the last life on any node."""
+        self.wait("the last life is over", lambda: not any(self._steps(node) & set(numbers(folder)) for node in NODES), folder)
+
+    def said(self, folder: JobFolder) -> str:
+        logs = [*folder.path.glob("slurm-*.log"), *(log for m in folder.members() for log in sorted(m.logs.glob("*-*.log")))]
+        return "\n".join(f"== {log.relative_to(folder.path)}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
+
+    def pids_of_ranks(self, node: str) -> list[int]:
+        """Processes of training ranks on a node."""
+        return [pid for pid, words in self._processes(node) if b"submitit.core._submit" in words and b"python" in words[0]]
+
+    def _steps(self, node: str) -> set[str]:
+        """Numbers of the jobs that have a step or batch script on a node: each has a process called slurmstepd: [7.batch]."""
+        titles = [words[0].decode() for _, words in self._processes(node)]
+        return {title.split("[")[1].split(".")[0] for title in titles if title.startswith("slurmstepd: [")}
+
+    def _processes(self, node: str) -> list[tuple[int, list[bytes]]]:
+        number = json.loads((self.folder / "state.json").read_text())["number"]
+        command = ["ip", "netns", "pids", f"moedev{number}-{node}"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = []
+        for pid in map(int, text.split()):
+            with suppress(OSError):
+                found.append((pid, Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")))
+        return found
+
+
+def numbers(folder: JobFolder) -> list[str]:
+    """Slurm's numbers of a job's components."""
+    job = folder.read()
+    return [str(int(job.numbers[0]) + i) for i in range(len(job.kinds) if job.form == "hetjob" else 1)]
+
+
+def step_of(member: Member) -> int:
+    """The last step that a training has logged."""
+    return int(member.last_metrics().get("step", 0))

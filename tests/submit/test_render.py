@@ -1,0 +1,37 @@
+"""The texts for sbatch are compared with recorded files; MOEDIST_RECORD=1 writes them anew."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from moedist.submit.submit import Request, dry_run
+from tests.launching import ROOT
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+@pytest.mark.parametrize("name", ["nvidia", "mixed-hetjob", "mixed-constraint"])
+def test_example_profiles(name):
+    text = dry_run(Request(str(ROOT / "configs/quickstart.yaml"), ["folder=/shared/runs"],
+                           str(ROOT / f"slurm/clusters/{name}.yaml")))
+    file = RECORDED / f"{name}.txt"
+    if os.environ.get("MOEDIST_RECORD"):
+        file.write_text(text + "\n")
+    assert text + "\n" == file.read_text()
+
+
+def test_array_and_its_members():
+    request = Request(str(ROOT / "configs/quickstart.yaml"), ["folder=/shared/runs"], str(ROOT / "slurm/clusters/nvidia.yaml"),
+                      each=[["seed=0"], ["seed=1"], ["seed=2"]])
+    text = dry_run(request)
+    assert "#SBATCH --array=0-2\n" in text and "slurm-%A_%a.log" in text
+    assert "export MOEDIST_JOB=$folder/$SLURM_ARRAY_TASK_ID\n" in text
+
+
+def test_sweep_over_heterogeneous_jobs_is_a_job_each():
+    request = Request(str(ROOT / "configs/quickstart.yaml"), ["folder=/shared/runs"],
+                      str(ROOT / "slurm/clusters/mixed-hetjob.yaml"), each=[["seed=0"], ["seed=1"]])
+    text = dry_run(request)
+    assert "--array" not in text and text.count("#SBATCH hetjob") == 2
+    assert "export MOEDIST_JOB=$folder/0\n" in text and "export MOEDIST_JOB=$folder/1\n" in text
