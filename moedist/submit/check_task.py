@@ -104,12 +104,18 @@ def _together(facts: RankFacts, config: Any, world: Any) -> None:
 
 
 def _links(config: Any, world: Any) -> tuple[float, float]:
-    """Bytes per second that this rank sends to all others, and seconds of an exchange of next to nothing. The place for finer
-    tests of links between the kinds."""
+    """Bytes per second that this rank sends to all others, and seconds of an exchange of next to nothing.
+
+    Raises:
+        WorldError: a link changes bytes, or does not carry them; names it.
+    """
     from moedist.coordinator.probe_links import measure_exchange
     from moedist.dispatch import build_transport
+    from moedist.links import check_links
     from moedist.phases.run import weight_dtype
-    return measure_exchange(world, build_transport(world), config.model.width, weight_dtype(config))
+    transport = build_transport(world)
+    check_links(world, transport)
+    return measure_exchange(world, transport, config.model.width, weight_dtype(config))
 
 
 def _skew(world: Any) -> float:
