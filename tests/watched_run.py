@@ -15,5 +15,6 @@ def watched_run(folder: Path, cache: Path) -> Path:
             "phases=[{train: 20}, {compress: {method: cur, ratio: 0.5, tokens: 512}}, {train: 10}]",
             "model.top_k=2", "train.eval_every=10", "monitor.log_every=5", "monitor.wandb=offline", "monitor.wandb_ranks=true",
             "monitor.artifacts=true", "monitor.profile=12-13", "placement.probe_s=0.5", "placement.replan_every=0",
-            "checkpoint.every=10", "world.islands=[a,b]", "dispatch.cross_dtype=bfloat16")
+            "checkpoint.every=10", "world.islands=[a,b]", "dispatch.cross_dtype=bfloat16",
+            "placement.experts_in_every_island=false")
     return only_run(folder)
