@@ -14,7 +14,7 @@ from moedist.config import Config, check_config, load_config
 from moedist.coordinator import Sizes
 from moedist.coordinator.cluster_file import Kind, alike, facts_of, kinds_of, read_cluster, with_one_more_node
 from moedist.coordinator.facts import RankFacts
-from moedist.coordinator.meeting_points import experts_in_every_island
+from moedist.coordinator.meeting_points import experts_in_every_island, meeting
 from moedist.coordinator.planning import Cluster, first_plan, slots_of
 from moedist.coordinator.probe import probe
 from moedist.coordinator.probe_table import MOST_LINES, number_range, ranks_text
@@ -40,6 +40,7 @@ class Answer:
     planned: StepTime
     loads: Loads
     sizes: Sizes
+    why_apart: str  # why islands meet when they do; empty where there is one
 
 
 def show_plan(config_path: str, overrides: Sequence[str], cluster_path: str | None, zipf: float, run: str | None,
@@ -99,11 +100,11 @@ def answer(config: Config, sizes: Sizes, facts: tuple[RankFacts, ...], loads: Lo
     """Plan for these ranks and predict."""
     expert = Speeds(tuple(f.expert_call_s for f in facts), tuple(f.expert_rows_per_s for f in facts))
     dense = Speeds(tuple(f.dense_call_s for f in facts), tuple(f.dense_tokens_per_s for f in facts))
-    apart, _ = experts_in_every_island(config.placement, facts, slots_of(facts, sizes, config.placement), sizes,
+    apart, why = experts_in_every_island(config.placement, facts, slots_of(facts, sizes, config.placement), sizes,
                                        config.dispatch.dedup)
     cluster = Cluster(facts, expert.snapped(), dense.snapped(), apart)
     plan = first_plan(cluster, loads, sizes, config.placement).plan
-    return Answer(cluster, plan, predict(cluster, plan, loads, sizes), loads, sizes)
+    return Answer(cluster, plan, predict(cluster, plan, loads, sizes), loads, sizes, why)
 
 
 def _report(config: Config, sizes: Sizes, facts: tuple[RankFacts, ...], kinds: list[Kind], loads: Loads,
@@ -122,6 +123,8 @@ def _report(config: Config, sizes: Sizes, facts: tuple[RankFacts, ...], kinds: l
                        ("gradients", planned.sync_s, equal.sync_s, ""),
                        ("step", planned.total_s, equal.total_s, f"{1e3 * bound:.2f}"))]), "",
              f"{equal.total_s / planned.total_s:.2f}x as fast as equal placement, {planned.total_s / bound:.3f} of the bound"]
+    if found.why_apart:
+        lines.append(f"islands meet {meeting(found.cluster.apart)}: {found.why_apart}")
     enough = len(facts) - 1  # copies that reach the bound where memory allows (McNaughton 1959)
     if planned.expert_s > FAR * expert and config.placement.max_copies < enough:
         lines.append(f"experts take {planned.expert_s / expert:.2f} times their bound, and each is on one rank alone unless "

@@ -23,7 +23,8 @@ def shown(capsys, tmp_path, cluster, *overrides, zipf=0.6):
 
 
 def test_a_cluster_that_is_not_here(capsys, tmp_path):
-    out, figures = shown(capsys, tmp_path, MIXED, "model.experts=64", "train.batch=256", "placement.max_copies=8")
+    out, figures = shown(capsys, tmp_path, MIXED, "model.experts=64", "train.batch=256", "placement.max_copies=8",
+                         "placement.experts_in_every_island=false")
     plan = Plan.from_json(json.dumps(figures["plan"]))
     assert plan.world_size == 24 and sum(split_batch(256, plan.batch_shares)) == 256
     assert figures["bound_ms"] <= figures["step_ms"] < figures["equal_step_ms"]
@@ -41,11 +42,21 @@ def test_a_cluster_that_is_not_here(capsys, tmp_path):
 
 
 def test_copies_are_suggested_where_they_would_help(capsys, tmp_path):
-    out, without = shown(capsys, tmp_path, MIXED)
-    assert "try placement.max_copies=23 (now 0)" in out
+    meet = "placement.experts_in_every_island=false"
+    out, without = shown(capsys, tmp_path, MIXED, meet)
+    assert f"islands meet in every layer: {meet}" in out and "try placement.max_copies=23 (now 0)" in out
     assert "16 of 24 ranks have nothing to do: 8 experts and 32 sequences" in out
-    out, copied = shown(capsys, tmp_path, MIXED, "placement.max_copies=23")
+    out, copied = shown(capsys, tmp_path, MIXED, "placement.max_copies=23", meet)
     assert copied["step_ms"] < without["step_ms"] and "try placement.max_copies" not in out
+
+
+def test_islands_that_each_have_all_experts(capsys, tmp_path):
+    out, figures = shown(capsys, tmp_path, MIXED)
+    assert "islands meet once a step, every one has all experts: " in out
+    plan = Plan.from_json(json.dumps(figures["plan"]))
+    nvidia, amd = ({e for r in ranks for e in plan.layer(0).experts_of_rank(r)} for ranks in ([*range(8), *range(16, 24)],
+                                                                                              range(8, 16)))
+    assert nvidia == amd == set(range(8)) and figures["bound_ms"] <= figures["step_ms"]
 
 
 def test_thousands_of_ranks_take_seconds(capsys, tmp_path):

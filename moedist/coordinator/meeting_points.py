@@ -45,6 +45,11 @@ def experts_in_every_island(config: PlacementConfig, facts: Sequence[RankFacts],
     return rows > enough, why
 
 
+def meeting(apart: bool) -> str:
+    """When islands meet, in words."""
+    return "once a step, every one has all experts" if apart else "in every layer"
+
+
 def crossing_rows(facts: Sequence[RankFacts], sizes: Sizes, dedup: str) -> float:
     """Rows that would cross between islands in a step, for every copy that is needed to keep them: of an expert, in each
     island but one. Tokens and experts are taken to be spread as the islands' speeds are, and all experts to be as hot."""

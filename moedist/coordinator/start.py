@@ -8,6 +8,7 @@ from typing import Any, Callable, Mapping
 from moedist.config import Config, PlacementConfig
 from moedist.coordinator.coordinator import Coordinator
 from moedist.coordinator.facts import RankFacts
+from moedist.coordinator.meeting_points import meeting
 from moedist.coordinator.probe import probe
 from moedist.coordinator.probe_table import describe
 from moedist.coordinator.sizes import Sizes
@@ -55,8 +56,7 @@ def start_plan(config: Config, world: World, transport: Transport, vocab: int, w
     facts = measured_facts(config, world, transport, vocab, sizes, say)
     coordinator = Coordinator(world, config, sizes, facts, state)
     if coordinator.why_apart:
-        say(f"islands meet {'once a step, every one has all experts' if coordinator.apart else 'in every layer'}: "
-            f"{coordinator.why_apart}")
+        say(f"islands meet {meeting(coordinator.apart)}: {coordinator.why_apart}")
     old = Plan.from_json(meta["plan"]) if meta and meta["world_size"] == world.size else None
     plan, why_not = coordinator.first_plan(old)
     if plan is None:
