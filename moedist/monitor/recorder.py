@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -15,6 +14,7 @@ from moedist.config import Config
 from moedist.monitor.alerts import Alert
 from moedist.monitor.balance import spread_evenly
 from moedist.monitor.display import Display
+from moedist.monitor.lines import JsonLines
 from moedist.monitor.metrics import is_declared
 from moedist.monitor.origin import origin
 from moedist.monitor.wandb_run import WandbRun, wandb_mode
@@ -39,10 +39,8 @@ class Recorder:
         mode = wandb_mode(config.monitor)
         facts = {**origin(), "devices": self.ranks, "run_folder": str(run.path)}
         if self.active:
-            # a line is on disk when it is written
-            self._file, self._loads = (open(path, "a", encoding="utf-8", buffering=1)
-                                       for path in (run.metrics_file, run.loads_file))
             self._display = Display(config.monitor.output, total_steps, first_step)
+            self._file, self._loads = (JsonLines(path, self.say) for path in (run.metrics_file, run.loads_file))
             if mode != "disabled":
                 self._wandb = WandbRun(config, run, mode, facts)
         elif config.monitor.wandb_ranks and mode != "disabled":
@@ -78,7 +76,7 @@ class Recorder:
         assert not undeclared, f"metrics without a declaration: {sorted(undeclared)}"
         # JSON has no word for what is not finite
         values = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write({"step": step, **values})
         if self._wandb is not None:
             self._wandb.log(step, {name: value for name, value in values.items() if value is not None})
         self._display.metrics(step, values, line)
@@ -93,7 +91,7 @@ class Recorder:
         if self.active and sums:
             most = max(1, MOST_LOADS // max(len(load_E) for load_E in sums.values()))
             loads = {i: sums[i].tolist() for i in spread_evenly(sorted(sums), most)}
-            self._loads.write(json.dumps({"step": step, "loads": loads}, separators=(",", ":")) + "\n")
+            self._loads.write({"step": step, "loads": loads}, separators=(",", ":"))
 
     def record_plan(self, step: int, plan: Plan) -> None:
         """Add the plan in force to the run folder's list of plans."""
@@ -121,16 +119,16 @@ class Recorder:
     def alert(self, step: int, alert: Alert) -> None:
         """Tell people, the JSONL and Weights & Biases that something wants looking at."""
         if self.active:
-            self._file.write(json.dumps({"step": step, "alert": alert.kind, "text": alert.text}) + "\n")
+            self._file.write({"step": step, "alert": alert.kind, "text": alert.text})
             self._display.alert(step, alert.kind, alert.text)
             if self._wandb is not None:
                 self._wandb.alert(alert.kind, alert.text, alert.fatal)
 
     def close(self) -> None:
+        for file in (self._file, self._loads):
+            if file is not None:
+                file.close()
         if self._display is not None:
             self._display.close()
         if self._wandb is not None:
             self._wandb.finish()
-        for file in (self._file, self._loads):
-            if file is not None:
-                file.close()

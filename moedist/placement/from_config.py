@@ -17,16 +17,15 @@ def plan_from_config(config: Config, world_size: int) -> Plan:
             add up, or shares for another number of ranks.
     """
     p, experts = config.placement, config.model.experts
+    if p.owners is not None and p.counts is not None:
+        raise PlacementError("placement.owners and placement.counts are both set; choose one")
+    apart = p.experts_in_every_island is True and world_size > 1
+    layer = None if apart else _layer(p.owners, p.counts, experts, world_size)
     shares = p.batch_shares if p.batch_shares is not None else [1] * world_size
     if len(shares) != world_size:
         raise PlacementError(f"placement.batch_shares has {len(shares)} entries for {world_size} ranks; give one per rank")
     split_batch(config.train.batch, shares)  # refuses negative and all-zero shares
-    if p.owners is not None and p.counts is not None:
-        raise PlacementError("placement.owners and placement.counts are both set; choose one")
-    if p.experts_in_every_island is True and world_size > 1:
-        layer = _in_every_island(config, world_size, shares)
-    else:
-        layer = _layer(p.owners, p.counts, experts, world_size)
+    layer = layer or _in_every_island(config, world_size, shares)
     return Plan(world_size, tuple((i, layer) for i in config.moe_layers()), tuple(float(s) for s in shares))
 
 

@@ -15,7 +15,8 @@ from tests.ranks import needs
 
 PATIENCE_S = 20
 HOLD = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it would be ignored
 from moedist.bench.shaped_link import ShapedLink
 with ShapedLink() as link:
     link.shape(0, 1e8)

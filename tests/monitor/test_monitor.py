@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import select
 import struct
 import sys
 import termios
@@ -88,7 +89,9 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
     r.tick(5, "train 1/3", {"loss": "2.400", "tokens/s": "1,234", "memory": "0.5 GiB", "slowest": "rank 1"})
     r._display._bar.refresh()
     terminal.flush()
-    shown = os.read(ours, 65536).decode()
+    shown = ""
+    while "loss 2.400" not in shown and select.select([ours], [], [], 5)[0]:
+        shown += os.read(ours, 65536).decode()
     r.close()
     for word in ("train 1/3", "5/10", "loss 2.400", "tokens/s 1,234", "memory 0.5 GiB", "slowest rank 1"):
         assert word in shown, (word, shown)
