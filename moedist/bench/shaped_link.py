@@ -6,6 +6,7 @@ it ends when its standard input closes, and ranks are killed with their parent.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -16,12 +17,14 @@ from typing import Optional, Sequence
 
 from moedist.errors import MoedistError
 
-TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv")
+TOOLS = ("ip", "tc", "unshare", "nsenter")
 DEVICE = "link0"
 PORT = 29500  # of rank 0's store: in a namespace of its own nothing else has it
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 LEAST_BURST = 16 * 2**10  # bytes that may go at once; less than a millisecond's, and no rate is reached
 READY_S, END_S = 5.0, 10.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None)  # before any fork
 
 
 def lacking() -> str:
@@ -77,7 +80,7 @@ class ShapedLink:
         """Start a rank in namespace `end`; rank 0 is in namespace 0. `options` as for `Popen`."""
         environment = {**(options.pop("env", None) or os.environ), "RANK": str(rank), "WORLD_SIZE": str(size),
                        "LOCAL_RANK": "0", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "MOEDIST_IFNAME": DEVICE}
-        process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *self._enter(end), *command], env=environment, **options)
+        process = subprocess.Popen([*self._enter(end), *command], env=environment, preexec_fn=_die_with_parent, **options)
         self._processes.append(process)
         return process
 
@@ -106,6 +109,12 @@ class ShapedLink:
 
     def _inside(self, end: int, *command: str) -> None:
         _run(*self._enter(end), *command)
+
+
+def _die_with_parent() -> None:
+    """In the child, before it becomes another program: SIGKILL when the parent is gone. Popen returns after it, so that there
+    is no moment in which the child would stay."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _namespace(pid: int) -> str:

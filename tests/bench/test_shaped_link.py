@@ -62,6 +62,8 @@ def test_nothing_is_left_of_it(number):
         time.sleep(0.05)
         left = {pid for pid in left if is_alive(pid)}
     process.kill()
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert not left
 
