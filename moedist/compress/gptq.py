@@ -29,7 +29,7 @@ def _error(weight: torch.Tensor, grid: Grid, importance_C: torch.Tensor) -> torc
     """[R, groups]."""
     error = (weight - grid.values(grid.codes(weight))).square() * importance_C
     error = torch.nn.functional.pad(error, (0, -error.shape[1] % grid.scheme.group))
-    return error.view(len(error), -1, grid.scheme.group).sum(2)
+    return error.unflatten(1, (-1, grid.scheme.group)).sum(2)
 
 
 def gptq(weight: torch.Tensor, moment: torch.Tensor, scheme: Scheme, damping: float = DAMPING) -> Quantised:

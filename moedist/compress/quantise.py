@@ -150,9 +150,9 @@ class Grid:
         columns, group = codes.shape[1], self.scheme.group
         if columns % group:
             return (codes - self._zeros(columns)) * self._spread(self.scales, columns)
-        grouped = codes.view(len(codes), -1, group)  # broadcast: nothing is written out per column
+        grouped = codes.unflatten(1, (-1, group))  # broadcast: nothing is written out per column
         zeros = self.scheme.levels / 2 if self.zeros is None else self.zeros.unsqueeze(2)
-        return ((grouped - zeros) * self.scales.unsqueeze(2)).view(codes.shape)
+        return ((grouped - zeros) * self.scales.unsqueeze(2)).flatten(1)
 
     def store(self, codes: torch.Tensor) -> Quantised:
         """With these codes, packed."""
@@ -184,7 +184,7 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> Quantised:
 
 
 def half_quadratic(weight: torch.Tensor, scheme: Scheme) -> Quantised:
-    """W with each group's zero (symmetric: scale) fitted for a sparse error: half-quadratic splitting of |W - What|_p^p, p < 1.
+    """W with each group's zero (symmetric: scale) fitted for a sparse error: half-quadratic splitting of |W - What|_p^p.
 
     In turn: E = shrink_p(W - What, beta), the outliers that the grid need not reach, and the zero (scale) of least squares
     for W - E (HQQ: Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", eqs. 4 to 8). A round
@@ -234,4 +234,4 @@ def grouped_columns(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     short = -weight.shape[1] % scheme.group
     if short:
         weight = torch.cat([weight, weight[:, -1:].expand(-1, short)], dim=1)
-    return weight.view(len(weight), -1, scheme.group)
+    return weight.unflatten(1, (-1, scheme.group))
