@@ -54,10 +54,22 @@ def check_config(config: Config, world_size: int) -> None:
     if t.batch % t.accumulate:
         raise ConfigError(f"train.batch ({t.batch} sequences) must be a multiple of train.accumulate ({t.accumulate}); "
                           f"set train.batch={t.batch + t.accumulate - t.batch % t.accumulate}")
+    _check_lowbit(config)
     _check_engine(config)
     _check_ranks(config, world_size)
     _check_transport(config)
     _check_checkpoint(config)
+
+
+def _check_lowbit(config: Config) -> None:
+    n, layers = config.lowbit.top_n, config.moe_layers()
+    given = n if isinstance(n, list) else [n]
+    if isinstance(n, list) and len(n) != len(layers):
+        raise ConfigError(f"lowbit.top_n lists {len(n)} numbers for {len(layers)} layers with experts; give one, or one each")
+    for one in given:
+        if one is not None and (type(one) is not int or not 0 <= one <= config.model.experts):
+            raise ConfigError(f"lowbit.top_n is {one!r}: how many of a token's experts have their compensators used, 0 to "
+                              f"{config.model.experts} (with router topk, {config.model.top_k} are all)")
 
 
 def _check_transport(config: Config) -> None:

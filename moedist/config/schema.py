@@ -208,6 +208,13 @@ class CompressConfig:
 
 
 @dataclass(frozen=True)
+class LowBitConfig:
+    top_n: Optional[Any] = key(None, "at how many of a token's experts, those its router gives the largest weights, the "
+                                     "compensators of low-bit experts are used: a number, or a list of one for each layer with "
+                                     "experts (null: at all)")
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = key("run", "name of the run; its folder is <folder>/<name>-<time>")
     folder: str = key("runs", "folder that run folders are made in")
@@ -221,6 +228,7 @@ class Config:
     dispatch: DispatchConfig = key(DispatchConfig, "how rows travel to experts and back")
     train: TrainConfig = key(TrainConfig, "how it is trained")
     engine: EngineConfig = key(EngineConfig, "who holds the dense parameters")
+    lowbit: LowBitConfig = key(LowBitConfig, "how experts in few bits are used (moedist compress RUN --method beam)")
     phases: list[Any] = key(lambda: [{"train": 300}], "the schedule, one entry a phase: {train: steps}, or {compress: "
                                                       "{method: cur, ratio: 0.5}} (keys of moedist.config.CompressConfig)")
     world: WorldConfig = key(WorldConfig, "devices and process groups")
@@ -231,6 +239,11 @@ class Config:
     def train_steps(self) -> int:
         """Optimizer steps over all train phases."""
         return sum(int(phase["train"]) for phase in self.phases if "train" in phase)
+
+    def restored(self, layer: int) -> Optional[int]:
+        """`lowbit.top_n` of a block that has experts."""
+        n = self.lowbit.top_n
+        return n[self.moe_layers().index(layer)] if isinstance(n, list) else n
 
     def moe_layers(self) -> list[int]:
         """Indices of the blocks that have experts: every n-th block, the last of each n, less `dense_blocks`."""
