@@ -12,14 +12,14 @@ from moedist.bench.figures import write_figures
 from moedist.checkpoint import RunFolder
 from moedist.compress import Beam, build_beam
 from moedist.compressing.low_bits import watched, whole_bytes
-from moedist.compressing.sweep import parse_variant
+from moedist.compressing.sweep import parse_options
 from moedist.config import check_config, for_ranks
 from moedist.data import EvalStream, prepare_corpus
 from moedist.errors import CompressError, DataError
 from moedist.monitor.table import table
 from moedist.phases.calibrate import Calibrations
 from moedist.phases.evaluation import held_out_loss
-from moedist.phases.lowbit import low_banks, lower_experts, put_banks, refuse_factored
+from moedist.phases.lowbit import Known, low_banks, lower_experts, put_banks, refuse_factored
 from moedist.phases.moved import counting
 from moedist.phases.restore import OpenedRun, open_run
 from moedist.phases.run import DTYPES
@@ -49,7 +49,7 @@ def low_variants(names: Sequence[str]) -> list[tuple[str, Beam, Any]]:
     """
     found = []
     for text in names:
-        options = parse_variant("beam+" + text)[1]
+        options = parse_options(text.split("+"), text, "bits=2+budget=2.75")
         top_n = options.pop("top_n", None)
         found.append((text, build_beam(**options), top_n))
     return found
@@ -82,9 +82,9 @@ def low_bits_sweep(run_folder: str, names: Sequence[str] = VARIANTS, tokens: int
         stream = EvalStream(held_out, config.data.sequence_length, eval_tokens or config.train.eval_tokens)
         calibrations = watched(opened.model, world, config, chosen[0][1], tokens)
         base, moved = _evaluate(opened, world, stream)
-        points = []
+        points, known = [], {}
         for name, beam, top_n in tqdm(chosen, unit="model", leave=False, disable=not world.is_main or None):
-            points.append(_point(name, beam, top_n, opened, world, stream, calibrations, base))
+            points.append(_point(name, beam, top_n, opened, world, stream, calibrations, base, known))
         if world.is_main:
             print(f"{run_folder} step {opened.step}, {split} split: perplexity {base:.2f}; its experts' bytes for a token in 16 "
                   f"bits: {moved / 1024:.1f} KiB")
@@ -97,9 +97,9 @@ def low_bits_sweep(run_folder: str, names: Sequence[str] = VARIANTS, tokens: int
 
 
 def _point(name: str, beam: Beam, top_n: Any, opened: OpenedRun, world: World, stream: EvalStream,
-           calibrations: Calibrations, base: float) -> LowPoint:
+           calibrations: Calibrations, base: float, known: Known) -> LowPoint:
     model, before = opened.model, dict(opened.model.banks)
-    compressed, summaries = lower_experts(model, world, calibrations, beam)
+    compressed, summaries = lower_experts(model, world, calibrations, beam, known)
     try:
         put_banks(model, low_banks(model, compressed))
         config = dataclasses.replace(opened.config, lowbit=dataclasses.replace(opened.config.lowbit, top_n=top_n))

@@ -67,6 +67,7 @@ class LowBitBank(Bank):
         self._places = [places_of(form) for form in self.forms]
         self._starts = [0, *accumulate(size for _, size in self._places)]
         self.flat = nn.Parameter(torch.zeros(self._starts[-1], dtype=torch.uint8, device=device), requires_grad=False)
+        self._parts: dict[int, dict[str, LowBit]] = {}
 
     def forward(self, rows_RD: torch.Tensor, counts: Sequence[int], timed: Callable[[], ContextManager] = nullcontext,
                 restored_R: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -105,8 +106,10 @@ class LowBitBank(Bank):
         return found
 
     def parts_of(self, expert: int) -> dict[str, LowBit]:
-        """The matrices of one expert, by part."""
-        return dict(self.stored(expert).parts)
+        """The matrices of one expert, by part: views of the bytes as they are now and will be."""
+        if expert not in self._parts:
+            self._parts[expert] = dict(self.stored(expert).parts)
+        return self._parts[expert]
 
     def blocks_of(self, expert: int, tensors: BankTensors) -> BankTensors:
         """(all bytes of the expert,), 1-D."""

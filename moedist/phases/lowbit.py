@@ -6,7 +6,7 @@ The stages of `moedist.compress.beam`, over ranks. The model is for evaluation a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Any, Mapping
 
 import torch
 
@@ -21,6 +21,7 @@ from moedist.phases.shrink import all_or_none, merged
 from moedist.world import World
 
 Key = tuple[int, int]  # (layer, expert)
+Known = dict[tuple[Any, ...], dict[str, LowBit]]  # experts in few bits that have been made before, by all that makes them
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,26 @@ def refuse_factored(model: Transformer, world: World) -> None:
 
 
 def lower_experts(model: Transformer, world: World, calibrations: Calibrations,
-                  beam: Beam) -> tuple[dict[Key, Compressed], list[LowSummary]]:
+                  beam: Beam, known: Known | None = None) -> tuple[dict[Key, Compressed], list[LowSummary]]:
     """The experts that this rank owns in few bits, and what became of all experts of all ranks. Every rank must call it.
+
+    Args:
+        known: what earlier calls with the same calibrations have made, without compensators; is filled.
 
     Raises:
         CompressError: a budget below the bytes of the weights alone, a group that does not divide the width, values that are not
             finite; on every rank.
     """
     experts = {(i, e): dense_expert(dict(model.moe_layers())[i], e) for i, e in calibrations}
-    low: dict[Key, dict[int, dict[str, LowBit]]] = {}
+    known = {} if known is None else known
+    low: dict[Key, dict[int, dict[str, LowBit]]] = {key: {} for key in experts}
     with all_or_none(world):
-        low = {key: {bits: lower(expert, calibrations[key], beam, bits) for bits in beam.widths}
-               for key, expert in experts.items()}
+        for key, expert in experts.items():
+            for bits in beam.widths:
+                made = (key, bits, beam.group, beam.symmetric, beam.quantiser)
+                if made not in known:
+                    known[made] = lower(expert, calibrations[key], beam, bits)
+                low[key][bits] = known[made]
         offers = {key: [offer(expert, calibrations[key], beam, bits, low[key][bits]) for bits in beam.widths]
                   for key, expert in experts.items()}
     rows = merged(world.gather_objects({key: float(c.rows) for key, c in calibrations.items()}))
