@@ -12,7 +12,7 @@ from moedist.config import check_config, for_ranks
 from moedist.data import EvalStream, prepare_corpus
 from moedist.errors import DataError
 from moedist.phases.evaluation import HeldOut, held_out_loss
-from moedist.phases.restore import open_run
+from moedist.phases.restore import open_run, take_outside
 from moedist.phases.run import DTYPES
 from moedist.world import World, find_launch
 
@@ -36,4 +36,10 @@ def evaluate(run_folder: str, split: str = "valid", overrides: Sequence[str] = (
         stream = EvalStream(tokens, config.data.sequence_length)
         sequences = max(config.train.batch, world.size)
         bar = functools.partial(tqdm, desc=split, unit="batch", leave=False, disable=not world.is_main or None)
-        return held_out_loss(opened.model, stream, world, DTYPES[config.train.dtype], sequences, bar), opened.step
+        outside = take_outside(opened)
+        found = held_out_loss(opened.model, stream, world, DTYPES[config.train.dtype], sequences, bar)
+        if outside is not None:
+            outside.close()
+            if world.is_main:
+                print(f"rank 0: {outside.describe()}", flush=True)
+        return found, opened.step

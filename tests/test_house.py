@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "moedist"
 ROOMS = ["__main__", "cli", "commands", "compressing", "huggingface", "bench", "trainer", "evaluate", "generate",
          "inspect_run", "show_probe", "show_plan", "phases", "coordinator", "neurons", "monitor", "checkpoint", "engine",
-         "data", "model", "dispatch", "compress", "routing", "placement", "world", "islands", "timing", "rendezvous",
+         "data", "offload", "model", "dispatch", "compress", "routing", "placement", "world", "islands", "timing", "rendezvous",
          "faults", "mpi", "liveness", "config", "errors"]  # top to bottom
 PURE = ["compress", "routing", "placement"]  # no process groups, no files
 

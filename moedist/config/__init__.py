@@ -7,12 +7,12 @@ from moedist.config.load import (
 from moedist.config.ranks import for_ranks, number_islands
 from moedist.config.schema import (
     CheckpointConfig, CompressConfig, Config, DataConfig, DispatchConfig, EngineConfig, LowBitConfig, ModelConfig,
-    MonitorConfig, PlacementConfig, RouterConfig, TrainConfig, WorldConfig, key,
+    MonitorConfig, OffloadConfig, PlacementConfig, RouterConfig, TrainConfig, WorldConfig, key,
 )
 
 __all__ = [
     "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "LowBitConfig",
-    "ModelConfig", "MonitorConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig", "check_config", "compress_config",
-    "compress_options", "config_from_dict", "describe_keys", "for_ranks", "key", "load_config", "load_dataclass",
+    "ModelConfig", "MonitorConfig", "OffloadConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig", "check_config",
+    "compress_config", "compress_options", "config_from_dict", "describe_keys", "for_ranks", "key", "load_config", "load_dataclass",
     "number_islands", "phases_override", "to_yaml",
 ]

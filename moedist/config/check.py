@@ -27,16 +27,18 @@ CHOICES = {
     "dispatch.overlap": ("auto", True, False),
     "engine.name": ("torch", "deepspeed"),
     "engine.offload": ("none", "cpu"),
+    "offload.store": ("none", "ram", "disk"),
+    "offload.policy": ("lru", "score"),
     "monitor.wandb": ("auto", "online", "offline", "disabled"),
     "resume": ("never", "auto"),
 }
 POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
             "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
             "train.accumulate", "train.lr", "world.timeout_s", "world.rendezvous_timeout_s", "monitor.log_every",
-            "checkpoint.keep", "placement.probe_s", "dispatch.overlap_chunks")
+            "checkpoint.keep", "offload.cache_gib", "placement.probe_s", "dispatch.overlap_chunks")
 NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
                 "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",
-                "train.clip", "train.eval_every", "checkpoint.every", "checkpoint.keep_best", "model.init_std",
+                "train.clip", "train.eval_every", "offload.prefetch", "checkpoint.every", "checkpoint.keep_best", "model.init_std",
                 "placement.max_copies", "placement.hot_copies", "placement.replan_every", "placement.tolerance")
 FRACTIONS = ("data.valid_fraction", "model.dropout", "train.beta1", "train.beta2")  # [0, 1)
 

@@ -61,6 +61,8 @@ class LowBitBank(Bank):
         flat: uint8, all tensors. Not trained.
     """
 
+    restores = True
+
     def __init__(self, layer: int, expert_ids: Sequence[int], forms: Sequence[ExpertForm], width: int, activation: str,
                  device: torch.device | str = "cpu"):
         super().__init__(layer, expert_ids, forms, width, activation, device)

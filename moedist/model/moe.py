@@ -16,7 +16,6 @@ from torch import nn
 from moedist.dispatch import AnyDispatcher
 from moedist.model.bank import Bank
 from moedist.model.feed_forward import FeedForward
-from moedist.model.lowbit import LowBitBank
 from moedist.routing import Assignment, Router, RouterInput, balance_loss_sum, most_trusted
 from moedist.timing import Meter
 
@@ -84,7 +83,7 @@ class MoELayer(nn.Module):
         flags = [] if self.restored is None else [most_trusted(routed.token_ids_N, routed.weights_N, self.restored)]
 
         def experts(rows_RD: torch.Tensor, counts_L: list[int], *flags_R: torch.Tensor) -> torch.Tensor:
-            results = self.bank(rows_RD, counts_L, timed, *(flags_R if isinstance(self.bank, LowBitBank) else ()))
+            results = self.bank(rows_RD, counts_L, timed, *(flags_R if self.bank.restores else ()))
             return results if self.watch is None else self.watch(rows_RD, results, counts_L, routed)
 
         dispatcher = self.dispatcher if self.watch is None else self.dispatcher.plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from moedist.checkpoint import RunFolder, forms_of, load_checkpoint, read_meta
 from moedist.config import Config
@@ -10,8 +10,15 @@ from moedist.coordinator import equal_plan
 from moedist.data import Tokenizer
 from moedist.dispatch import build_transport
 from moedist.model import Transformer
-from moedist.phases.run import weight_dtype
+from moedist.offload import Offloaded, offload
+from moedist.phases.run import DTYPES, weight_dtype
 from moedist.world import World
+
+
+def take_outside(opened: "OpenedRun") -> Optional[Offloaded]:
+    """Move the experts of an opened run outside the device where its configuration says so; None where it does not."""
+    c = opened.config
+    return None if c.offload.store == "none" else offload(opened.model, c.offload, DTYPES[c.train.dtype])
 
 
 class OpenedRun(NamedTuple):

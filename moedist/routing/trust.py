@@ -17,6 +17,7 @@ def most_trusted(token_ids_N: torch.Tensor, weights_N: torch.Tensor, n: int) -> 
     """
     by_weight = weights_N.detach().sort(descending=True, stable=True).indices
     order = by_weight[token_ids_N[by_weight].sort(stable=True).indices]  # by token, within one by weight
-    starts = torch.searchsorted(token_ids_N, token_ids_N)
+    tokens_N = token_ids_N.contiguous()
+    starts = torch.searchsorted(tokens_N, tokens_N)
     place = torch.arange(len(token_ids_N), device=token_ids_N.device) - starts  # the k-th of its token
     return torch.empty_like(order, dtype=torch.bool).index_copy_(0, order, place < n)
