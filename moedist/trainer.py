@@ -201,8 +201,8 @@ def refuse_low_bits(checkpoint: Path, forms: Mapping[int, Mapping[int, ExpertFor
     """Raise CheckpointError where a checkpoint's experts cannot be trained."""
     if any(form.is_lowbit for of_layer in forms.values() for form in of_layer.values()):
         source = meta.get("low_bits_of")
-        raise CheckpointError(f"{checkpoint} holds experts in few bits, which are for evaluate and generate and cannot be trained "
-                              f"or compressed; use the run that they were made of{f', {source}' if source else ''}")
+        raise CheckpointError(f"{checkpoint} holds experts in few bits, which are for evaluate and generate and cannot be "
+                              f"trained or compressed; use the run that they were made of{f', {source}' if source else ''}")
 
 
 def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus: Corpus, step: int) -> RunFolder:

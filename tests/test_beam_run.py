@@ -17,7 +17,7 @@ def run(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("runs")
     compress = "{compress: {method: cur, ratio: 0.3, tokens: 512, options: {multiple: 1}}}"
     moedist(2, cache, "train", *QUICKSTART, f"folder={folder}", f"phases=[{{train: 5}}, {compress}, {{train: 1}}]",
-            "train.dtype=float64", "checkpoint.every=3", "checkpoint.keep=9")
+            "train.dtype=float64", "checkpoint.every=3", "checkpoint.keep=9", "data.max_documents=20", "model.init_std=0.1")
     return only_run(folder)
 
 
@@ -28,7 +28,8 @@ def made(ranks, run, cache, folder, *more):
 
 
 def loss_of(ranks, run, cache, *overrides) -> float:
-    return float(re.search(r"loss ([\d.]+)", moedist(ranks, cache, "evaluate", str(run), "train.batch=256", *overrides).stdout)[1])
+    said = moedist(ranks, cache, "evaluate", str(run), "train.batch=256", *overrides).stdout
+    return float(re.search(r"loss ([\d.]+)", said)[1])
 
 
 def test_made_on_two_ranks_read_on_others(run, cache, tmp_path):
@@ -68,15 +69,15 @@ def test_many_bits_change_little_and_made_on_one_rank_it_is_the_same(run, cache,
 
 
 def test_a_sweep_prints_and_writes(run, cache, tmp_path):
-    names = ["bits=2+group=16", "bits=2+group=16+budget=6+top_n=1", "bits=2+group=16+budget=6+ranks=kurtosis",
-             "bits=4+group=16+mix=loss"]
-    done = moedist(2, cache, "compress", str(run), "--method", "beam", "--sweep", "--methods", ",".join(names), "--tokens", "512",
-                   "--json", str(tmp_path / "figures.json"))
+    names = ["bits=2+group=16", "bits=2+group=16+budget=6+top_n=1", "bits=2+group=16+budget=6",
+             "bits=2+group=16+budget=6+ranks=kurtosis", "bits=4+group=16+mix=loss"]
+    done = moedist(2, cache, "compress", str(run), "--method", "beam", "--sweep", "--methods", ",".join(names),
+                   "--tokens", "512", "--json", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     plain, first, whole = (figures[f"beam.{name}.moved_bytes"] for name in names[:3])
     assert plain < first < whole, "a token moves compensators of the experts that it restores"
     bits = [figures[f"beam.{name}.bits"] for name in names]
-    assert 3 < bits[0] < bits[1] and max(bits[1:3]) < 6.7 and all(name in done.stdout for name in names)
+    assert 3 < bits[0] < bits[1] and max(bits[1:4]) < 6.7 and all(name in done.stdout for name in names)
 
 
 def test_bad_input_is_refused(run, cache):
@@ -89,3 +90,18 @@ def test_bad_input_is_refused(run, cache):
                         (["--option", "quant=rtn"], "no option 'quant'")):
         failed = moedist(1, cache, "compress", str(run), *BEAM, *more, ok=False)
         assert words in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+
+
+def test_bench_offload_and_experts_outside_the_device(run, cache, tmp_path):
+    done = moedist(1, cache, "bench", "offload", str(run), "--methods", "bits=3+group=16,bits=2+group=16+budget=6+top_n=1",
+                   "--cache", "0.25", "1", "--tokens", "6", "--watch", "512", "--read", "0.01", "--json",
+                   str(tmp_path / "f.json"))
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert "bit for bit" in done.stdout and all(value == 1 for name, value in figures.items() if name.endswith("equal"))
+    assert figures["offload.bits=3+group=16.1.bytes_ratio"] < 0.3 * 4, "few bits against the float64 of this run"
+    for store in ("ram", "disk"):
+        said = moedist(2, cache, "evaluate", str(run), "train.batch=256", f"offload.store={store}", "offload.cache_gib=4e-5",
+                       "offload.prefetch=1").stdout
+        assert "% hits" in said and f"loss {loss_of(2, run, cache):.4f}" in said
+    refused = moedist(1, cache, "evaluate", str(run), "offload.store=ram", "offload.cache_gib=1e-6", ok=False).stderr
+    assert "does not hold the largest expert" in refused and "Traceback" not in refused

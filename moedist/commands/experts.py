@@ -30,11 +30,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     compress.add_argument("overrides", nargs="*", help="section.key=value")
     compress.add_argument("--method", default="cur", help="how (default cur; moedist.compress lists all)")
     compress.add_argument("--bits", type=int, default=3, help="with --method beam: 2, 3, 4 or 8 a weight (default 3)")
-    compress.add_argument("--budget", metavar="BITS", help="with --method beam: bits a weight, scales and compensators included "
-                                                           "(or bytes of all experts); default: no compensators")
-    compress.add_argument("--top-n", metavar="N", help="with --method beam: compensators are used at so many of a token's experts, "
-                                                       "those its router trusts most; one for all layers, or a list "
-                                                       "(default: all)")
+    compress.add_argument("--budget", metavar="BITS",
+                          help="with --method beam: bits a weight, scales and compensators included (or bytes of all experts); "
+                               "default: no compensators")
+    compress.add_argument("--top-n", metavar="N",
+                          help="with --method beam: compensators are used at so many of a token's experts, those its router "
+                               "trusts most; one for all layers, or a list (default: all)")
     compress.add_argument("--ratio", type=float, default=0.5, help="share of the experts' bytes to remove (default 0.5)")
     compress.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
                           help="another key of a compress phase, such as budget=uniform, or options.least_squares=false")
@@ -107,8 +108,8 @@ def _beam(args: argparse.Namespace) -> None:
     if args.heal is not None or args.dense:
         raise ConfigError("--method beam is for experts that are not trained any more; --heal and --dense are for the others")
     if args.sweep is not None:
-        low_bits_sweep(args.run, args.methods.split(",") if args.methods else VARIANTS, args.tokens, args.split, args.eval_tokens,
-                       args.overrides, args.step, args.json)
+        low_bits_sweep(args.run, args.methods.split(",") if args.methods else VARIANTS, args.tokens, args.split,
+                       args.eval_tokens, args.overrides, args.step, args.json)
         return
     folder = beam_run(args.run, beam_options(args.bits, args.budget, args.option), parse_top_n(args.top_n), args.tokens,
                       args.overrides, args.step, args.name)

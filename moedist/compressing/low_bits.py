@@ -61,7 +61,8 @@ def parse_top_n(text: str | None) -> int | list[int] | None:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise CompressError(f"--top-n takes a number, or one for each layer with experts such as 1,2,1,0, not {text!r}") from error
+        raise CompressError("--top-n takes a number, or one for each layer with experts such as 1,2,1,0, not "
+                            f"{text!r}") from error
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -134,7 +135,8 @@ def report(summaries: Sequence[LowSummary], config: Config) -> str:
             f"{_sum(summaries, 'compensator_bytes') / 2**20:.2f} MiB of it: {8 * size / weights:.3f} bits a weight, "
             f"{100 * (1 - size / whole):.1f} % less than {whole / 2**20:.2f} MiB in 16 bits")
     if HALF * weights < 0.995 * whole:
-        text += f" (fewer weights: {100 * (1 - HALF * weights / whole):.1f} %, in few bits: {100 * (1 - size / HALF / weights):.1f} % of the rest)"
+        text += (f" (fewer weights: {100 * (1 - HALF * weights / whole):.1f} %, in few bits: "
+                 f"{100 * (1 - size / HALF / weights):.1f} % of the rest)")
     return text
 
 

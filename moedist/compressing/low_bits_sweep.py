@@ -86,8 +86,8 @@ def low_bits_sweep(run_folder: str, names: Sequence[str] = VARIANTS, tokens: int
         for name, beam, top_n in tqdm(chosen, unit="model", leave=False, disable=not world.is_main or None):
             points.append(_point(name, beam, top_n, opened, world, stream, calibrations, base, known))
         if world.is_main:
-            print(f"{run_folder} step {opened.step}, {split} split: perplexity {base:.2f}; its experts' bytes for a token in 16 "
-                  f"bits: {moved / 1024:.1f} KiB")
+            print(f"{run_folder} step {opened.step}, {split} split: perplexity {base:.2f}; its experts' bytes for a token in "
+                  f"16 bits: {moved / 1024:.1f} KiB")
             print(table(["experts", "bits a weight", "saved", "KiB a token", "perplexity", "over it"],
                         [[p.name, f"{p.bits_per_weight:.3f}", f"{100 * p.saved:.1f} %", f"{p.moved / 1024:.1f}",
                           f"{p.perplexity:.2f}", f"{p.ppl_ratio:.4f}"] for p in points]))

@@ -12,7 +12,7 @@ from moedist.config.schema import (
 
 __all__ = [
     "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "LowBitConfig",
-    "ModelConfig", "MonitorConfig", "OffloadConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig", "check_config",
-    "compress_config", "compress_options", "config_from_dict", "describe_keys", "for_ranks", "key", "load_config", "load_dataclass",
-    "number_islands", "phases_override", "to_yaml",
+    "ModelConfig", "MonitorConfig", "OffloadConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig",
+    "check_config", "compress_config", "compress_options", "config_from_dict", "describe_keys", "for_ranks", "key",
+    "load_config", "load_dataclass", "number_islands", "phases_override", "to_yaml",
 ]

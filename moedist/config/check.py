@@ -38,8 +38,9 @@ POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width",
             "checkpoint.keep", "offload.cache_gib", "placement.probe_s", "dispatch.overlap_chunks")
 NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
                 "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",
-                "train.clip", "train.eval_every", "offload.prefetch", "checkpoint.every", "checkpoint.keep_best", "model.init_std",
-                "placement.max_copies", "placement.hot_copies", "placement.replan_every", "placement.tolerance")
+                "train.clip", "train.eval_every", "checkpoint.every", "checkpoint.keep_best", "model.init_std",
+                "offload.prefetch", "placement.max_copies", "placement.hot_copies", "placement.replan_every",
+                "placement.tolerance")
 FRACTIONS = ("data.valid_fraction", "model.dropout", "train.beta1", "train.beta2")  # [0, 1)
 
 

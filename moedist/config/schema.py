@@ -210,19 +210,19 @@ class CompressConfig:
 @dataclass(frozen=True)
 class LowBitConfig:
     top_n: Optional[Any] = key(None, "at how many of a token's experts, those its router gives the largest weights, the "
-                                     "compensators of low-bit experts are used: a number, or a list of one for each layer with "
-                                     "experts (null: at all)")
+                                     "compensators of low-bit experts are used: a number, or a list of one for each layer "
+                                     "with experts (null: at all)")
 
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    store: str = key("none", "where experts are in evaluation and generation: none (on the device), ram (host memory), or disk (a "
-                             "file that is mapped); those that have rows are fetched")
+    store: str = key("none", "where experts are in evaluation and generation: none (on the device), ram (host memory), or disk "
+                             "(a file that is mapped); those that have rows are fetched")
     cache_gib: float = key(1.0, "GiB of the device that fetched experts may take, on every rank; never exceeded")
     policy: str = key("lru", "which expert makes room: lru (least recently used), or score (least router weight of late)")
     prefetch: int = key(0, "how many experts of the next layer are read ahead: those that its router would choose now")
-    read_gib_s: Optional[float] = key(None, "read no faster than this many GiB/s, as from a slower disk or link (null: as fast "
-                                            "as can be)")
+    read_gib_s: Optional[float] = key(None, "read no faster than this many GiB/s, as from a slower disk or link (null: as "
+                                            "fast as can be)")
 
 
 @dataclass(frozen=True)

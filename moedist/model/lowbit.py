@@ -82,8 +82,8 @@ class LowBitBank(Bank):
             CompressError: a gradient is wanted.
         """
         if torch.is_grad_enabled() and rows_RD.requires_grad:
-            raise CompressError("experts in few bits have no backward pass: train, watch or compress the run that they were made "
-                             "of, and evaluate and generate with this one")
+            raise CompressError("experts in few bits have no backward pass: train, watch or compress the run that they were "
+                             "made of, and evaluate and generate with this one")
         out = torch.empty_like(rows_RD)
 
         def run(queue: Iterator[Job]) -> None:

@@ -35,7 +35,8 @@ class OffloadedBank(Bank):
                 restored_R: Optional[torch.Tensor] = None) -> torch.Tensor:
         """See `LowBitBank.forward`. Compensators are fetched only where a row of their expert is restored."""
         if torch.is_grad_enabled() and rows_RD.requires_grad:
-            raise CompressError("experts outside the device have no backward pass: train and watch them with offload.store=none")
+            raise CompressError("experts outside the device have no backward pass: train and watch them with "
+                                "offload.store=none")
         out, start, rows = torch.empty_like(rows_RD), 0, {}
         for e, count in zip(self.expert_ids, counts):
             if count:

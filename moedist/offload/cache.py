@@ -179,8 +179,8 @@ class Cache:
 
     def _make_room(self, size: int, spared: tuple[int, ...]) -> bool:
         """Evict until `size` more bytes fit, nothing of `spared` layers; False, and nothing evicted, where they cannot."""
-        victims = sorted((p for p, entry in self._entries.items() if entry.ready and not entry.users and p.layer not in spared),
-                         key=self._worth)
+        free_to_go = (p for p, entry in self._entries.items() if entry.ready and not entry.users and p.layer not in spared)
+        victims = sorted(free_to_go, key=self._worth)
         chosen, free = [], self.limit - self.used
         for piece in victims:
             if free >= size:

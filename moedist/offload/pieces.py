@@ -68,8 +68,8 @@ def pieces_of(bank: Bank, dtype: torch.dtype) -> Iterable[tuple[PieceId, dict[st
         form, tensors = bank.form_of(e), bank.split(e, bank.weights())
         if not form.is_lowbit:
             if not form.is_dense:
-                raise CompressError(f"expert {e} of layer {bank.layer} is factored; experts outside the device are dense or in "
-                                    "few bits: moedist compress RUN --dense, then --method beam")
+                raise CompressError(f"expert {e} of layer {bank.layer} is factored; experts outside the device are dense or "
+                                    "in few bits: moedist compress RUN --dense, then --method beam")
             w_in, w_out = bank.blocks_of(e, bank.weights())
             yield PieceId(bank.layer, e, False), {"w_in": w_in.to(dtype), "w_out": w_out.to(dtype)}
             continue

@@ -53,13 +53,13 @@ class LowSummary:
 
 
 def refuse_factored(model: Transformer, world: World) -> None:
-    """Raise CompressError on every rank where an expert is not dense: its factors would be multiplied out, and its saving lost."""
+    """Raise CompressError on every rank where an expert is not dense: the saving of its factors would be lost."""
     kinds = {("in few bits" if form.is_lowbit else "factored") for bank in model.banks.values() for form in bank.forms
              if not form.is_dense}
     found = sorted(set().union(*world.gather_objects(kinds)))
     if found:
-        raise CompressError(f"experts are {found[0]} already: put a run in few bits whose experts are dense, uncompressed or by "
-                            "method cur (or make them dense first: moedist compress RUN --dense)")
+        raise CompressError(f"experts are {found[0]} already: put a run in few bits whose experts are dense, uncompressed or "
+                            "by method cur (or make them dense first: moedist compress RUN --dense)")
 
 
 def lower_experts(model: Transformer, world: World, calibrations: Calibrations,
@@ -70,8 +70,8 @@ def lower_experts(model: Transformer, world: World, calibrations: Calibrations,
         known: what earlier calls with the same calibrations have made, without compensators; is filled.
 
     Raises:
-        CompressError: a budget below the bytes of the weights alone, a group that does not divide the width, values that are not
-            finite; on every rank.
+        CompressError: a budget below the bytes of the weights alone, a group that does not divide the width, values that are
+            not finite; on every rank.
     """
     experts = {(i, e): dense_expert(dict(model.moe_layers())[i], e) for i, e in calibrations}
     known = {} if known is None else known

@@ -48,8 +48,8 @@ MODES = [(False, 1), (True, 1), (True, 3)]  # overlap, pieces
 def test_equals_one_process(islands, dedup):
     """Four ranks, one without sequences; experts with copies."""
     i = ISLANDS.index(islands) + ["none", "rank", "island"].index(dedup)
-    check(case_of(OWNERS, (2, 0, 3, 1), top_k=3, sequence=4, islands=islands, sharing=Sharing(dedup, (None, None), *MODES[i % 3]),
-                  seed=i), 1 + i % 2)
+    sharing = Sharing(dedup, (None, None), *MODES[i % 3])
+    check(case_of(OWNERS, (2, 0, 3, 1), top_k=3, sequence=4, islands=islands, sharing=sharing, seed=i), 1 + i % 2)
 
 
 def test_at_none_some_and_all_of_a_tokens_experts():

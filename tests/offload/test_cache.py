@@ -20,7 +20,8 @@ def pieces(sizes: dict[PieceId, int]) -> dict[PieceId, torch.Tensor]:
 
 
 def ids(layers: int, experts: int, compensators: bool = False) -> list[PieceId]:
-    return [PieceId(i, e, c) for i in range(layers) for e in range(experts) for c in ((False, True) if compensators else (False,))]
+    kinds = (False, True) if compensators else (False,)
+    return [PieceId(i, e, kind) for i in range(layers) for e in range(experts) for kind in kinds]
 
 
 class Watched(RamStore):
