@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -14,10 +15,14 @@ BEAM = ["--method", "beam", "--option", "group=16", "--tokens", "512"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache):
     """A run on two ranks: five steps, CUR to widths that no group divides, one step."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, text = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("text")
+    words = "\n".join(topics.values())
+    (text / "train.txt").write_text(words[:60_000])
+    (text / "valid.txt").write_text(words[60_000:64_000])
     compress = "{compress: {method: cur, ratio: 0.3, tokens: 512, options: {multiple: 1}}}"
     moedist(2, cache, "train", *QUICKSTART, f"folder={folder}", f"phases=[{{train: 5}}, {compress}, {{train: 1}}]",
-            "train.dtype=float64", "checkpoint.every=3", "checkpoint.keep=9", "data.max_documents=20", "model.init_std=0.1")
+            "train.dtype=float64", "checkpoint.every=3", "checkpoint.keep=9", "model.init_std=0.1", "data.source=files",
+            f"data.path={text}")
     return only_run(folder)
 
 
