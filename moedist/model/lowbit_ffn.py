@@ -23,7 +23,10 @@ def product(x: torch.Tensor, weight: Quantised) -> torch.Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # a grid's arithmetic, whatever the rows are in
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
-        torch.mm(x, weight.rows(part, wide).to(x.dtype).t(), out=out[:, part])
+        block = weight.rows(part, wide).to(x.dtype).t()
+        if step >= rows:
+            return x @ block
+        torch.mm(x, block, out=out[:, part])
     return out
 
 
