@@ -150,9 +150,9 @@ class Grid:
         columns, group = codes.shape[1], self.scheme.group
         if columns % group:
             return (codes - self._zeros(columns)) * self._spread(self.scales, columns)
-        grouped = codes.unflatten(1, (-1, group))  # one pass, nothing is written out per column
-        zeros = self.scheme.levels / 2 if self.zeros is None else self.zeros
-        return torch.addcmul((-zeros * self.scales).unsqueeze(2), grouped, self.scales.unsqueeze(2)).flatten(1)
+        grouped = codes.unflatten(1, (-1, group))  # broadcast: nothing is written out per column
+        zeros = self.scheme.levels / 2 if self.zeros is None else self.zeros.unsqueeze(2)
+        return (grouped - zeros).mul_(self.scales.unsqueeze(2)).flatten(1)
 
     def store(self, codes: torch.Tensor) -> Quantised:
         """With these codes, packed."""
