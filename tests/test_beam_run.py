@@ -99,8 +99,8 @@ def test_bad_input_is_refused(run, cache):
 
 def test_bench_offload_and_experts_outside_the_device(run, cache, tmp_path):
     done = moedist(1, cache, "bench", "offload", str(run), "--methods", "bits=3+group=16,bits=2+group=16+budget=6+top_n=1",
-                   "--cache", "0.25", "1", "--tokens", "6", "--watch", "512", "--read", "0.01", "--json",
-                   str(tmp_path / "f.json"))
+                   "--cache", "0.25", "1", "--tokens", "6", "--rounds", "1", "--watch", "512", "--read", "0.01",
+                   "--json", str(tmp_path / "f.json"))
     figures = json.loads((tmp_path / "f.json").read_text())
     assert "bit for bit" in done.stdout and all(value == 1 for name, value in figures.items() if name.endswith("equal"))
     assert figures["offload.bits=3+group=16.1.bytes_ratio"] < 0.3 * 4, "few bits against the float64 of this run"

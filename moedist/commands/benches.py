@@ -66,6 +66,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     offload.add_argument("--policy", choices=["lru", "score"], default="lru")
     offload.add_argument("--prefetch", type=not_negative(int), default=2, help="experts read ahead (default 2)")
     offload.add_argument("--watch", type=positive(int), default=16384, help="training tokens that the experts are watched on")
+    offload.add_argument("--rounds", type=positive(int), default=3, help="all ways in turn, medians (default 3)")
     offload.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
     offload.add_argument("--json", help="write the figures to this file")
 
@@ -102,7 +103,7 @@ def _bench_dispatch(args: argparse.Namespace) -> None:
 def _bench_offload(args: argparse.Namespace) -> None:
     from moedist.compressing.offload_bench import VARIANTS, bench_offload
     bench_offload(args.run, args.methods.split(",") if args.methods else VARIANTS, args.cache, args.tokens, args.context,
-                  args.read, args.store, args.policy, args.prefetch, args.watch, args.overrides, args.step, args.json)
+                  args.read, args.store, args.policy, args.prefetch, args.watch, args.rounds, args.overrides, args.step, args.json)
 
 
 def _bench_planner(args: argparse.Namespace) -> None:
