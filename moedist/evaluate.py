@@ -11,8 +11,9 @@ from moedist.checkpoint import RunFolder
 from moedist.config import check_config, for_ranks
 from moedist.data import EvalStream, prepare_corpus
 from moedist.errors import DataError
+from moedist.monitor.recorder import metrics_line
 from moedist.phases.evaluation import HeldOut, held_out_loss
-from moedist.phases.restore import open_run, take_outside
+from moedist.phases.restore import offload_metrics, open_run, take_outside
 from moedist.phases.run import DTYPES
 from moedist.world import World, find_launch
 
@@ -40,6 +41,9 @@ def evaluate(run_folder: str, split: str = "valid", overrides: Sequence[str] = (
         found = held_out_loss(opened.model, stream, world, DTYPES[config.train.dtype], sequences, bar)
         if outside is not None:
             outside.close()
+            values = offload_metrics(outside, world)
             if world.is_main:
+                with open(folder.metrics_file, "a", encoding="utf-8") as file:
+                    file.write(metrics_line(opened.step, values))
                 print(f"rank 0: {outside.describe()}", flush=True)
         return found, opened.step

@@ -108,5 +108,8 @@ def test_bench_offload_and_experts_outside_the_device(run, cache, tmp_path):
         said = moedist(2, cache, "evaluate", str(run), "train.batch=256", f"offload.store={store}", "offload.cache_gib=4e-5",
                        "offload.prefetch=1").stdout
         assert "% hits" in said and f"loss {loss_of(2, run, cache):.4f}" in said
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()[-2:]):
+        assert 0 < line["offload/peak_bytes"] <= 4e-5 * 2**30 and 0 <= line["offload/hit_rate"] < 1
+        assert line["offload/bytes"] > line["offload/ahead_bytes"] and line["offload/stall_s"] > 0
     refused = moedist(1, cache, "evaluate", str(run), "offload.store=ram", "offload.cache_gib=1e-6", ok=False).stderr
     assert "does not hold the largest expert" in refused and "Traceback" not in refused

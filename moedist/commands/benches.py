@@ -103,7 +103,8 @@ def _bench_dispatch(args: argparse.Namespace) -> None:
 def _bench_offload(args: argparse.Namespace) -> None:
     from moedist.compressing.offload_bench import VARIANTS, bench_offload
     bench_offload(args.run, args.methods.split(",") if args.methods else VARIANTS, args.cache, args.tokens, args.context,
-                  args.read, args.store, args.policy, args.prefetch, args.watch, args.rounds, args.overrides, args.step, args.json)
+                  args.read, args.store, args.policy, args.prefetch, args.watch, args.rounds, args.overrides, args.step,
+                  args.json)
 
 
 def _bench_planner(args: argparse.Namespace) -> None:

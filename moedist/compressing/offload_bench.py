@@ -89,8 +89,8 @@ def bench_offload(run_folder: str, names: Sequence[str] = VARIANTS, shares: Sequ
                     c = OffloadConfig(store, limit, policy, prefetch, read_gib_s)
                     rounds_of.setdefault((name, share), []).append(
                         _measure(opened, name, share, c, prompt, tokens, context, resident[name]))
-        print(f"{run_folder} step {opened.step}: {tokens} tokens decoded, {context} seen in each pass, median of {rounds} rounds; "
-              f"{store} read at no more than {read_gib_s:g} GiB/s, {policy}, {prefetch} experts of the next layer read ahead")
+        print(f"{run_folder} step {opened.step}: {tokens} tokens decoded, {context} seen in each pass, median of {rounds} "
+              f"rounds; {store} read at no more than {read_gib_s:g} GiB/s, {policy}, {prefetch} experts of the next layer read ahead")
         return _report([_median(of) for of in rounds_of.values()], json_path)
 
 

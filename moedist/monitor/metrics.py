@@ -49,6 +49,11 @@ METRICS: dict[str, Metric] = {
     "checkpoint/blocked_ms": Metric("ms that training stood still for a checkpoint, on rank 0", "same"),
     "checkpoint/seconds": Metric("s from the start of a checkpoint until it was complete", "same"),
     "checkpoint/bytes": Metric("bytes of its tensors", "sum"),
+    "offload/bytes": Metric("bytes of experts fetched to the devices, by an evaluation", "sum"),
+    "offload/ahead_bytes": Metric("bytes of these that were read ahead of need", "sum"),
+    "offload/hit_rate": Metric("pieces of experts that were there or on their way over all that were wanted", "sum over sum"),
+    "offload/stall_s": Metric("s that a rank stood still for experts, of the one that did longest", "max"),
+    "offload/peak_bytes": Metric("most bytes that a rank's cache held", "max"),
     "valid/loss": Metric("nats per token", "mean over tokens"),
     "valid/perplexity": Metric("", "mean over tokens"),
 }

@@ -53,9 +53,7 @@ class Recorder:
         """Write metrics of `step` (all declared in `METRICS`) everywhere, and `line` for people."""
         if not self.active:
             return
-        undeclared = [name for name in values if not is_declared(name)]
-        assert not undeclared, f"metrics without a declaration: {sorted(undeclared)}"
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(metrics_line(step, values))
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
         if line:
@@ -74,6 +72,13 @@ class Recorder:
             self._wandb.finish()
         if self._file is not None:
             self._file.close()
+
+
+def metrics_line(step: int, values: dict[str, float]) -> str:
+    """A line of metrics.jsonl; all are declared in `METRICS`."""
+    undeclared = [name for name in values if not is_declared(name)]
+    assert not undeclared, f"metrics without a declaration: {sorted(undeclared)}"
+    return json.dumps({"step": step, **values}) + "\n"
 
 
 def wandb_mode(config: MonitorConfig) -> str:
