@@ -60,6 +60,7 @@ def test_made_on_two_ranks_read_on_others(run, cache, tmp_path):
         refused = moedist(1, cache, *arguments, f"folder={tmp_path / 'none'}", ok=False).stderr
         assert "cannot be trained" in refused and str(run) in refused and "Traceback" not in refused, refused
     assert "in few bits already" in moedist(1, cache, "compress", str(low), *BEAM, ok=False).stderr
+    assert "cannot be watched" in moedist(1, cache, "inspect", str(low), ok=False).stderr
     again = moedist(1, cache, *shlex.split(said.split("next: ")[1])[1:], "train.batch=256").stdout
     assert f"loss {losses[0]:.4f}" in again, "the command that is told"
 

@@ -38,7 +38,8 @@ def add(commands: argparse._SubParsersAction) -> None:
                                "trusts most; one for all layers, or a list (default: all)")
     compress.add_argument("--ratio", type=float, default=0.5, help="share of the experts' bytes to remove (default 0.5)")
     compress.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
-                          help="another key of a compress phase, such as budget=uniform, or options.least_squares=false")
+                          help="another key of a compress phase, such as budget=uniform, or options.least_squares=false; with "
+                               "--method beam a field of moedist.compress.Beam, such as ranks=kurtosis")
     compress.add_argument("--name", help="of the new run (default: that of the old and the method)")
     compress.add_argument("--sweep", nargs="?", const="", metavar="RATIOS",
                           help="write no run; show perplexity after each method at these ratios (0.2,0.4,...)")
@@ -47,7 +48,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     compress.add_argument("--dense", action="store_true",
                           help="write a run whose compressed experts are dense again, in their old shape, what was dropped zero")
     compress.add_argument("--methods", metavar="NAMES",
-                          help="with --sweep (default: all) and --heal (default: --method): separated by commas")
+                          help="with --sweep (default: all) and --heal (default: --method): separated by commas; with --method "
+                               "beam ways such as bits=2+budget=2.75+top_n=1")
     compress.add_argument("--tokens", type=int, default=65536, help="training tokens that the experts are watched on")
     compress.add_argument("--split", default="valid", choices=["train", "valid", "test"], help="with --sweep: evaluated on it")
     compress.add_argument("--eval-tokens", type=int, help="with --sweep: of the split (default: as in training)")
