@@ -66,7 +66,7 @@ def watch_experts(model: Transformer, world: World, source: Source, layers: Coll
     """
     low = any(form.is_lowbit for bank in model.banks.values() for form in bank.forms)
     if any(world.gather_objects(low)):  # a rank may have no experts
-        raise CompressError("experts in few bits have no backward pass, and cannot be watched: take the run that they were made of")
+        raise CompressError("experts in few bits have no backward pass, and cannot be watched: take the run they were made of")
     was_training = model.training
     model.eval()
     watchers = {i: _Watcher(moe, needs) for i, moe in model.moe_layers() if i in layers}
