@@ -10,9 +10,11 @@ import torch
 from moedist.compress import LowBit
 from moedist.errors import CompressError
 from moedist.model import Bank, BankTensors
+from moedist.model.activations import ACTIVATIONS
 from moedist.model.forms import PARTS, by_part
-from moedist.model.grouped_ffn import grouped_ffn
+from moedist.model.grouped_ffn import forward_groups, grouped_ffn
 from moedist.model.lowbit_ffn import lowbit_ffn
+from moedist.model.threads import as_in_threads
 from moedist.offload.cache import Cache
 from moedist.offload.pieces import Piece, PieceId
 
@@ -43,10 +45,17 @@ class OffloadedBank(Bank):
                 rows[e] = slice(start, start + count)
             start += count
         # those that are there first: what has to be fetched then evicts none of them
-        for e in sorted(rows, key=lambda e: (PieceId(self.layer, e, False) not in self.cache, e)):
-            with timed():
-                flags = None if restored_R is None else restored_R[rows[e]]
-                out[rows[e]] = self._through(e, rows_RD[rows[e]], flags)
+        order = sorted(rows, key=lambda e: (PieceId(self.layer, e, False) not in self.cache, e))
+
+        def run() -> None:
+            for e in order:
+                out[rows[e]] = self._through(e, rows_RD[rows[e]], None if restored_R is None else restored_R[rows[e]])
+
+        jobs = len(rows)
+        if all(form.is_dense for form in self.forms):  # as the bank of these would share the work between threads
+            jobs = len(forward_groups(counts, self.widths, ACTIVATIONS[self.activation]))
+        with timed():
+            as_in_threads(run, jobs, rows_RD.device)
         return out
 
     def blocks_of(self, expert: int, tensors: BankTensors) -> BankTensors:

@@ -63,6 +63,17 @@ def test_outputs_are_those_of_resident_experts(store, policy, prefetch, low, top
     assert "% hits" in outside.describe()
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_with_several_threads_too(low):
+    """Where the resident bank shares its work between threads, and where it does not."""
+    assert torch.get_num_threads() == 2
+    wanted = outputs(model_of(torch.float32, 1, low), torch.float32)
+    model = model_of(torch.float32, 1, low)
+    outside = offload(model, OffloadConfig("ram", 1.0), torch.float32)
+    assert all(map(torch.equal, outputs(model, torch.float32), wanted))
+    outside.close()
+
+
 def test_a_cache_for_all_fetches_each_piece_once(one_thread):
     model = model_of(torch.float32, 1)
     outside = offload(model, OffloadConfig("ram", 1.0), torch.float32)
