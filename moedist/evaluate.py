@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Sequence
 
 from tqdm import tqdm
@@ -11,8 +12,9 @@ from moedist.checkpoint import RunFolder
 from moedist.config import check_config, for_ranks
 from moedist.data import EvalStream, prepare_corpus
 from moedist.errors import DataError
+from moedist.monitor.recorder import finite
 from moedist.phases.evaluation import HeldOut, held_out_loss
-from moedist.phases.restore import open_run
+from moedist.phases.restore import offload_metrics, open_run, take_outside
 from moedist.phases.run import DTYPES
 from moedist.world import World, find_launch
 
@@ -36,4 +38,13 @@ def evaluate(run_folder: str, split: str = "valid", overrides: Sequence[str] = (
         stream = EvalStream(tokens, config.data.sequence_length)
         sequences = max(config.train.batch, world.size)
         bar = functools.partial(tqdm, desc=split, unit="batch", leave=False, disable=not world.is_main or None)
-        return held_out_loss(opened.model, stream, world, DTYPES[config.train.dtype], sequences, bar), opened.step
+        outside = take_outside(opened)
+        found = held_out_loss(opened.model, stream, world, DTYPES[config.train.dtype], sequences, bar)
+        if outside is not None:
+            outside.close()
+            values = offload_metrics(outside, world)
+            if world.is_main:
+                with open(folder.metrics_file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": opened.step, **finite(values)}) + "\n")
+                print(f"rank 0: {outside.describe()}", flush=True)
+        return found, opened.step

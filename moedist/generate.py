@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from moedist.checkpoint import RunFolder
 from moedist.config import check_config, for_ranks
 from moedist.model import Batch, Transformer
 from moedist.phases.evaluation import EVAL_SEED
-from moedist.phases.restore import open_run
+from moedist.phases.restore import open_run, take_outside
 from moedist.phases.run import DTYPES
 from moedist.routing import mix_seeds
 from moedist.world import World, find_launch
@@ -30,7 +31,8 @@ def generate(run_folder: str, prompts: Sequence[str], max_tokens: int = 100, tem
     config, _ = for_ranks(folder.config(list(overrides)), find_launch().size)
     check_config(config, find_launch().size)
     with World.start(config.world) as world:
-        _, tokenizer, model, _ = open_run(folder, config, world)
+        opened = open_run(folder, config, world)
+        tokenizer, model, outside = opened.tokenizer, opened.model, take_outside(opened)
         texts = {}
         for first in range(0, len(prompts), world.size):  # one prompt a rank at a time; ranks without one take part empty
             index = first + world.rank
@@ -39,6 +41,10 @@ def generate(run_folder: str, prompts: Sequence[str], max_tokens: int = 100, tem
                                   config.data.sequence_length, tokenizer.eos_id, DTYPES[config.train.dtype])
             if mine:
                 texts[index] = tokenizer.decode(ids)
+        if outside is not None:
+            outside.close()
+            if world.is_main:
+                print(f"rank 0: {outside.describe()}", file=sys.stderr, flush=True)
         gathered = {i: text for part in world.gather_objects(texts) for i, text in part.items()}
         return [gathered[i] for i in range(len(prompts))]
 

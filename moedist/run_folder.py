@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 from moedist.config import Config, load_config
@@ -35,6 +36,17 @@ class RunFolder:
         self.profile_folder = self.path / "profile"
         self.ranks_file = self.path / "ranks.json"
         self.checkpoints = self.path / "checkpoints"
+
+    @classmethod
+    def make(cls, folder: str | Path, name: str) -> "RunFolder":
+        """A new one, NAME-DATE-TIME in `folder`."""
+        stamp, tries = time.strftime("%Y%m%d-%H%M%S"), 0
+        path = Path(folder) / f"{name}-{stamp}"
+        while path.exists():
+            tries += 1
+            path = Path(folder) / f"{name}-{stamp}-{tries}"
+        path.mkdir(parents=True)
+        return cls(path)
 
     def __str__(self) -> str:
         return str(self.path)

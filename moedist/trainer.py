@@ -7,9 +7,8 @@ import functools
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from moedist.checkpoint import (DamagedCheckpoint, RunFolder, check_index, find_run, forms_of, load_checkpoint, mend, read_meta,
                                 set_aside)
@@ -23,7 +22,7 @@ from moedist.engine import build_engine, check_deepspeed
 from moedist.errors import CheckpointError, DataError
 from moedist.links import check_links, link_test_wanted
 from moedist.milestones import passed
-from moedist.model import Transformer
+from moedist.model import ExpertForm, Transformer
 from moedist.monitor import Recorder, spoken
 from moedist.phases import PHASES, Run, check_methods
 from moedist.phases.run import Progress, weight_dtype
@@ -184,6 +183,8 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
     transport, vocab = build_transport(world), corpus.tokenizer.vocab_size
     world.meter.begin(meta["progress"]["step"] if meta else 0)  # a declared slow-down is that of the step it goes on from
     forms = forms_of(checkpoint) if checkpoint else None
+    if forms and meta:
+        refuse_low_bits(checkpoint, forms, meta)
     plan, coordinator = start_plan(config, world, transport, vocab, written, meta, say, forms)
     passed("to measure and plan")
     model = Transformer(config, vocab, plan, transport, world.device, weight_dtype(config), world.meter, forms)
@@ -204,19 +205,20 @@ def build_run(config: Config, world: World, written: Plan | None, folder: RunFol
     return run
 
 
+def refuse_low_bits(checkpoint: Path, forms: Mapping[int, Mapping[int, ExpertForm]], meta: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a checkpoint's experts cannot be trained."""
+    if any(form.is_lowbit for of_layer in forms.values() for form in of_layer.values()):
+        source = meta.get("low_bits_of")
+        raise CheckpointError(f"{checkpoint} holds experts in few bits, which are for evaluate and generate and cannot be "
+                              f"trained or compressed; use the run that they were made of{f', {source}' if source else ''}")
+
+
 def _open_folder(config: Config, world: World, folder: RunFolder | None, corpus: Corpus, step: int) -> RunFolder:
     """Rank 0 makes the run folder, or takes an old one back to `step`; the path is the same on every rank."""
     if world.is_main:
         if folder is None:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            path = Path(config.folder) / f"{config.name}-{stamp}"
-            tries = 0
-            while path.exists():
-                tries += 1
-                path = Path(config.folder) / f"{config.name}-{stamp}-{tries}"
-            path.mkdir(parents=True)
-            folder = RunFolder(path)
-            corpus.tokenizer.save(path)
+            folder = RunFolder.make(config.folder, config.name)
+            corpus.tokenizer.save(folder.path)
         else:
             folder.forget_metrics_after(step)
         folder.config_file.write_text(to_yaml(config), encoding="utf-8")

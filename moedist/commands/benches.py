@@ -17,6 +17,8 @@ EXAMPLES = {
     "bench link": "examples:\n  moedist bench link --json link.json     (as root: two namespaces and a link of 1 Gbit/s)\n"
                   "  torchrun --nnodes 2 --nproc-per-node 1 ... -m moedist bench link     (over the link between two hosts)\n",
     "bench logging": "example:\n  torchrun --nproc-per-node 2 -m moedist bench logging --json logging.json\n",
+    "bench offload": "example:\n  moedist bench offload runs/quickstart-20260101-120000 --methods bits=3+budget=3.75+top_n=1 "
+                     "--cache 0.25 0.5\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
 }
 
@@ -64,6 +66,23 @@ def add(commands: argparse._SubParsersAction) -> None:
     logging.add_argument("--steps", type=positive(int), default=60, help="measured steps (default 60)")
     logging.add_argument("--log-every", type=positive(int), default=10, help="steps between metrics (default 10)")
     logging.add_argument("--json", help="write the figures to this file")
+    offload = add_command(bench, "offload", "a run's experts outside the device, in 16 and in few bits", _bench_offload,
+                          EXAMPLES["bench offload"])
+    offload.add_argument("run", help="run folder, its experts dense")
+    offload.add_argument("overrides", nargs="*", help="section.key=value")
+    offload.add_argument("--methods", metavar="NAMES", help="ways separated by commas, such as bits=3+budget=3.75+top_n=1")
+    offload.add_argument("--cache", type=float, nargs="+", default=[0.25], metavar="SHARE",
+                         help="of the experts' bytes that the device holds (default 0.25)")
+    offload.add_argument("--tokens", type=positive(int), default=24, help="to decode (default 24)")
+    offload.add_argument("--context", type=positive(int), default=8, help="tokens seen in each pass (default 8)")
+    offload.add_argument("--read", type=float, default=0.05, metavar="GIB_S", help="declared limit of reading (default 0.05)")
+    offload.add_argument("--store", choices=["disk", "ram"], default="disk")
+    offload.add_argument("--policy", choices=["lru", "score"], default="lru")
+    offload.add_argument("--prefetch", type=not_negative(int), default=2, help="experts read ahead (default 2)")
+    offload.add_argument("--watch", type=positive(int), default=16384, help="training tokens that the experts are watched on")
+    offload.add_argument("--rounds", type=positive(int), default=3, help="all ways in turn, medians (default 3)")
+    offload.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
+    offload.add_argument("--json", help="write the figures to this file")
 
     planner = add_command(bench, "planner", "placements over the bound, and the time that planning takes", _bench_planner,
                          EXAMPLES["bench planner"])
@@ -103,6 +122,13 @@ def _bench_link(args: argparse.Namespace) -> None:
 def _bench_logging(args: argparse.Namespace) -> None:
     from moedist.bench.logging import bench_logging
     bench_logging(args.steps, args.log_every, args.json)
+
+
+def _bench_offload(args: argparse.Namespace) -> None:
+    from moedist.compressing.offload_bench import VARIANTS, bench_offload
+    bench_offload(args.run, args.methods.split(",") if args.methods else VARIANTS, args.cache, args.tokens, args.context,
+                  args.read, args.store, args.policy, args.prefetch, args.watch, args.rounds, args.overrides, args.step,
+                  args.json)
 
 
 def _bench_planner(args: argparse.Namespace) -> None:

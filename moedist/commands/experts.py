@@ -12,6 +12,8 @@ EXAMPLES = {
   moedist compress runs/quickstart-20260101-120000 --ratio 0.7
   moedist compress runs/quickstart-20260101-120000 --sweep 0.5,0.7 --methods cur,svd-whitened --out sweep
   moedist compress runs/quickstart-20260101-120000 --heal 30 --methods cur,cur-hybrid --ratio 0.7
+  moedist compress runs/quickstart-20260101-120000 --method beam --bits 3 --budget 3.75 --top-n 1
+  moedist compress runs/quickstart-20260101-120000 --method beam --sweep --methods bits=3,bits=2+budget=2.75+top_n=1
 """,
     "inspect": """examples:
   moedist inspect runs/quickstart-20260101-120000 --pictures pictures
@@ -27,9 +29,17 @@ def add(commands: argparse._SubParsersAction) -> None:
     compress.add_argument("run", help="run folder")
     compress.add_argument("overrides", nargs="*", help="section.key=value")
     compress.add_argument("--method", default="cur", help="how (default cur; moedist.compress lists all)")
+    compress.add_argument("--bits", type=int, default=3, help="with --method beam: 2, 3, 4 or 8 a weight (default 3)")
+    compress.add_argument("--budget", metavar="BITS",
+                          help="with --method beam: bits a weight, scales and compensators included (or bytes of all experts); "
+                               "default: no compensators")
+    compress.add_argument("--top-n", metavar="N",
+                          help="with --method beam: compensators are used at so many of a token's experts, those its router "
+                               "trusts most; one for all layers, or a list (default: all)")
     compress.add_argument("--ratio", type=float, default=0.5, help="share of the experts' bytes to remove (default 0.5)")
     compress.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
-                          help="another key of a compress phase, such as budget=uniform, or options.least_squares=false")
+                          help="another key of a compress phase, such as budget=uniform, or options.least_squares=false; with "
+                               "--method beam a field of moedist.compress.Beam, such as ranks=kurtosis")
     compress.add_argument("--name", help="of the new run (default: that of the old and the method)")
     compress.add_argument("--sweep", nargs="?", const="", metavar="RATIOS",
                           help="write no run; show perplexity after each method at these ratios (0.2,0.4,...)")
@@ -38,7 +48,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     compress.add_argument("--dense", action="store_true",
                           help="write a run whose compressed experts are dense again, in their old shape, what was dropped zero")
     compress.add_argument("--methods", metavar="NAMES",
-                          help="with --sweep (default: all) and --heal (default: --method): separated by commas")
+                          help="with --sweep (default: all) and --heal (default: --method): separated by commas; with --method "
+                               "beam ways such as bits=2+budget=2.75+top_n=1")
     compress.add_argument("--tokens", type=int, default=65536, help="training tokens that the experts are watched on")
     compress.add_argument("--split", default="valid", choices=["train", "valid", "test"], help="with --sweep: evaluated on it")
     compress.add_argument("--eval-tokens", type=int, help="with --sweep: of the split (default: as in training)")
@@ -63,6 +74,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _compress(args: argparse.Namespace) -> None:
+    from moedist.compress import BEAM
+    if args.method == BEAM:
+        _beam(args)
+        return
     if args.sweep is not None:
         from moedist.compressing.sweep import METHODS, RATIOS, sweep_run
         try:
@@ -87,6 +102,21 @@ def _compress(args: argparse.Namespace) -> None:
     folder = compress_run(args.run, c, args.overrides, args.step, args.name)
     from moedist.trainer import program, train_on
     say(f"next: {program()} evaluate {folder}   or, to train on: {train_on(folder)}")
+
+
+def _beam(args: argparse.Namespace) -> None:
+    from moedist.compressing.low_bits import beam_options, beam_run, parse_top_n
+    from moedist.compressing.low_bits_sweep import VARIANTS, low_bits_sweep
+    if args.heal is not None or args.dense:
+        raise ConfigError("--method beam is for experts that are not trained any more; --heal and --dense are for the others")
+    if args.sweep is not None:
+        low_bits_sweep(args.run, args.methods.split(",") if args.methods else VARIANTS, args.tokens, args.split,
+                       args.eval_tokens, args.overrides, args.step, args.json)
+        return
+    folder = beam_run(args.run, beam_options(args.bits, args.budget, args.option), parse_top_n(args.top_n), args.tokens,
+                      args.overrides, args.step, args.name)
+    from moedist.trainer import program
+    say(f"next: {program()} evaluate {folder}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

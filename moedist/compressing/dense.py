@@ -20,7 +20,7 @@ from moedist.engine.dense_moments import dense_moments
 from moedist.model import Bank, Transformer
 from moedist.model.forms import PARTS, by_part
 from moedist.phases.run import Progress, weight_dtype
-from moedist.trainer import build_run
+from moedist.trainer import build_run, refuse_low_bits
 from moedist.world import World, find_launch
 
 
@@ -37,6 +37,7 @@ def dense_run(run_folder: str, overrides: Sequence[str] = (), step: int | None =
     config, _ = for_ranks(old.config(list(overrides)), size)
     config = dataclasses.replace(config, name=name or f"{config.name}-dense")
     check_config(config, size)
+    refuse_low_bits(checkpoint, forms_of(checkpoint), meta)
     with World.start(config.world) as world:
         run = build_run(config, world, equal_plan(config, world.size), None)
         transport = next(iter(run.model.moe_layers()))[1].dispatcher.transport

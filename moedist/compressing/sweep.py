@@ -79,10 +79,19 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str]:
         CompressError: an option without a value.
     """
     name, *options = text.split("+")
-    if bad := [option for option in options if "=" not in option]:
-        raise CompressError(f"{text!r}: write an option as NAME=VALUE, not {bad[0]!r}, such as cur+selection=fisher")
-    given = {key: yaml.safe_load(value) for key, value in (option.split("=", 1) for option in options)}
+    given = parse_options(options, text, "cur+selection=fisher")
     return name, given, given.pop("budget", "global" if name in GLOBAL else "uniform")
+
+
+def parse_options(options: Sequence[str], text: str, example: str) -> dict[str, Any]:
+    """{NAME: VALUE} of "NAME=VALUE", ...
+
+    Raises:
+        CompressError: an option of `text` without a value.
+    """
+    if bad := [option for option in options if "=" not in option]:
+        raise CompressError(f"{text!r}: write an option as NAME=VALUE, not {bad[0]!r}, such as {example}")
+    return {key: yaml.safe_load(value) for key, value in (option.split("=", 1) for option in options)}
 
 
 def sweep_run(run_folder: str, methods: Sequence[str] = tuple(METHODS), ratios: Sequence[float] = RATIOS,

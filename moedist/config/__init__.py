@@ -7,13 +7,13 @@ from moedist.config.load import (
 )
 from moedist.config.ranks import for_ranks, number_islands
 from moedist.config.schema import (
-    CheckpointConfig, CompressConfig, Config, DataConfig, DispatchConfig, EngineConfig, ModelConfig, MonitorConfig,
-    PlacementConfig, RouterConfig, TrainConfig, WorldConfig, key,
+    CheckpointConfig, CompressConfig, Config, DataConfig, DispatchConfig, EngineConfig, LowBitConfig, ModelConfig,
+    MonitorConfig, OffloadConfig, PlacementConfig, RouterConfig, TrainConfig, WorldConfig, key,
 )
 
 __all__ = [
-    "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "ModelConfig",
-    "MonitorConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig", "check_config", "compress_config",
-    "compress_options", "config_from_dict", "describe_fields", "describe_keys", "for_ranks", "key", "load_config",
-    "load_dataclass", "number_islands", "phases_override", "profile_steps", "to_yaml",
+    "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "LowBitConfig",
+    "ModelConfig", "MonitorConfig", "OffloadConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig",
+    "check_config", "compress_config", "compress_options", "config_from_dict", "describe_fields", "describe_keys", "for_ranks",
+    "key", "load_config", "load_dataclass", "number_islands", "phases_override", "profile_steps", "to_yaml",
 ]

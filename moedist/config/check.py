@@ -28,6 +28,8 @@ CHOICES = {
     "dispatch.overlap": ("auto", True, False),
     "engine.name": ("torch", "deepspeed"),
     "engine.offload": ("none", "cpu"),
+    "offload.store": ("none", "ram", "disk"),
+    "offload.policy": ("lru", "score"),
     "monitor.wandb": ("auto", "online", "offline", "disabled"),
     "monitor.output": ("auto", "plain", "quiet", "json"),
     "monitor.on_non_finite": ("stop", "skip"),
@@ -36,12 +38,12 @@ CHOICES = {
 POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
             "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
             "train.accumulate", "train.lr", "train.expert_lr_ratio", "world.timeout_s", "world.rendezvous_timeout_s",
-            "monitor.log_every", "monitor.dead_after", "monitor.slow_rank", "checkpoint.keep", "placement.probe_s",
-            "dispatch.overlap_chunks")
+            "monitor.log_every", "monitor.dead_after", "monitor.slow_rank", "checkpoint.keep", "offload.cache_gib",
+            "placement.probe_s", "dispatch.overlap_chunks")
 NOT_NEGATIVE = ("model.moe_every", "model.shared_experts", "router.balance_loss", "router.z_loss", "router.bias_rate",
                 "train.warmup_steps", "train.min_lr_ratio", "train.weight_decay",
                 "train.clip", "train.eval_every", "checkpoint.every", "checkpoint.keep_best", "model.init_std",
-                "monitor.layer_keys", "monitor.max_skips", "monitor.loss_spike", "monitor.disk_gib",
+                "monitor.layer_keys", "monitor.max_skips", "monitor.loss_spike", "monitor.disk_gib", "offload.prefetch",
                 "placement.max_copies", "placement.hot_copies", "placement.replan_every", "placement.tolerance")
 FRACTIONS = ("data.valid_fraction", "model.dropout", "train.beta1", "train.beta2")  # [0, 1)
 
@@ -59,6 +61,7 @@ def check_config(config: Config, world_size: int) -> None:
     if t.batch % t.accumulate:
         raise ConfigError(f"train.batch ({t.batch} sequences) must be a multiple of train.accumulate ({t.accumulate}); "
                           f"set train.batch={t.batch + t.accumulate - t.batch % t.accumulate}")
+    _check_lowbit(config)
     _check_engine(config)
     _check_ranks(config, world_size)
     _check_transport(config)
@@ -79,6 +82,17 @@ def profile_steps(text: str | None) -> range:
     if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
         raise ConfigError(f"monitor.profile is {text!r}; give steps from 1, such as 10-15 or 12")
     return range(int(first), int(last) + 1)
+
+
+def _check_lowbit(config: Config) -> None:
+    n, layers = config.lowbit.top_n, config.moe_layers()
+    given = n if isinstance(n, list) else [n]
+    if isinstance(n, list) and len(n) != len(layers):
+        raise ConfigError(f"lowbit.top_n lists {len(n)} numbers for {len(layers)} layers with experts; give one, or one each")
+    for one in given:
+        if one is not None and (type(one) is not int or not 0 <= one <= config.model.experts):
+            raise ConfigError(f"lowbit.top_n is {one!r}: how many of a token's experts have their compensators used, 0 to "
+                              f"{config.model.experts} (with router topk, {config.model.top_k} are all)")
 
 
 def _check_transport(config: Config) -> None:

@@ -223,6 +223,24 @@ class CompressConfig:
 
 
 @dataclass(frozen=True)
+class LowBitConfig:
+    top_n: Optional[Any] = key(None, "at how many of a token's experts, those its router gives the largest weights, the "
+                                     "compensators of low-bit experts are used: a number, or a list of one for each layer "
+                                     "with experts (null: at all)")
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    store: str = key("none", "where experts are in evaluation and generation: none (on the device), ram (host memory), or disk "
+                             "(a file that is mapped); those that have rows are fetched")
+    cache_gib: float = key(1.0, "GiB of the device that fetched experts may take, on every rank; never exceeded")
+    policy: str = key("lru", "which expert makes room: lru (least recently used), or score (least router weight of late)")
+    prefetch: int = key(0, "how many experts of the next layer are read ahead: those that its router would choose now")
+    read_gib_s: Optional[float] = key(None, "read no faster than this many GiB/s, as from a slower disk or link (null: as "
+                                            "fast as can be)")
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = key("run", "name of the run; its folder is <folder>/<name>-<time>")
     folder: str = key("runs", "folder that run folders are made in")
@@ -236,6 +254,8 @@ class Config:
     dispatch: DispatchConfig = key(DispatchConfig, "how rows travel to experts and back")
     train: TrainConfig = key(TrainConfig, "how it is trained")
     engine: EngineConfig = key(EngineConfig, "who holds the dense parameters")
+    lowbit: LowBitConfig = key(LowBitConfig, "how experts in few bits are used (moedist compress RUN --method beam)")
+    offload: OffloadConfig = key(OffloadConfig, "experts outside the device, in evaluation and generation")
     phases: list[Any] = key(lambda: [{"train": 300}], "the schedule, one entry a phase: {train: steps}, or {compress: "
                                                       "{method: cur, ratio: 0.5}} (keys of moedist.config.CompressConfig)")
     world: WorldConfig = key(WorldConfig, "devices and process groups")
@@ -246,6 +266,11 @@ class Config:
     def train_steps(self) -> int:
         """Optimizer steps over all train phases."""
         return sum(int(phase["train"]) for phase in self.phases if "train" in phase)
+
+    def restored(self, layer: int) -> Optional[int]:
+        """`lowbit.top_n` of a block that has experts."""
+        n = self.lowbit.top_n
+        return n[self.moe_layers().index(layer)] if isinstance(n, list) else n
 
     def moe_layers(self) -> list[int]:
         """Indices of the blocks that have experts: every n-th block, the last of each n, less `dense_blocks`."""

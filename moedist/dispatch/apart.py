@@ -48,9 +48,10 @@ class ApartDispatcher:
         return self._again(layout)
 
     def run(self, x_TD: torch.Tensor, token_ids_N: torch.Tensor, expert_ids_N: torch.Tensor, weights_N: torch.Tensor,
-            extra: torch.Tensor, experts: Experts) -> tuple[Callable[[], torch.Tensor], Loads]:
+            extra: torch.Tensor, experts: Experts,
+            flags_N: torch.Tensor | None = None) -> tuple[Callable[[], torch.Tensor], Loads]:
         """See `Dispatcher.run`. The loads are those of this island; what the others did is 0 in them."""
-        finish, loads = self.inner.run(x_TD, token_ids_N, expert_ids_N, weights_N, extra, experts)
+        finish, loads = self.inner.run(x_TD, token_ids_N, expert_ids_N, weights_N, extra, experts, flags_N)
         ranks, placements = self.layout.world_size, len(self.layout.expert_P)
 
         def among_all(of_members: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,7 @@ class _Piece:
     token_N: torch.Tensor
     expert_N: torch.Tensor
     weights_N: torch.Tensor
+    flags_N: torch.Tensor | None
 
 
 class DedupDispatcher:
@@ -76,7 +77,8 @@ class DedupDispatcher:
         return DedupDispatcher(layout, self.transport, self.device, self.sharing, self.place)
 
     def run(self, x_TD: torch.Tensor, token_ids_N: torch.Tensor, expert_ids_N: torch.Tensor, weights_N: torch.Tensor,
-            extra: torch.Tensor, experts: Experts) -> tuple[Callable[[], torch.Tensor], Loads]:
+            extra: torch.Tensor, experts: Experts,
+            flags_N: torch.Tensor | None = None) -> tuple[Callable[[], torch.Tensor], Loads]:
         """Send rows to their experts and begin to bring the results back.
 
         Args:
@@ -84,19 +86,20 @@ class DedupDispatcher:
             token_ids_N: int64, ascending: the source of each pair; expert_ids_N: int64, its expert; weights_N: its weight.
             extra: int64 vector that travels with the counts.
             experts: called with rows sorted by local expert and how many each has, up to twice a piece.
+            flags_N: see `Dispatcher.run`; here they travel in the codes of pairs.
 
         Returns:
             (finish, loads): `finish` waits for the results and gives [T, D], for every token the weighted sum over its
             experts; what is computed before it is called goes on meanwhile.
         """
-        pieces = self._pieces(x_TD, token_ids_N, expert_ids_N, weights_N)
+        pieces = self._pieces(x_TD, token_ids_N, expert_ids_N, weights_N, flags_N)
         with torch.no_grad():
             routes, loads = self._routes(pieces, extra)
         started, back = [self._start(pieces[0], routes[0])], []
         for i, (piece, route) in enumerate(zip(pieces, routes)):
             if i + 1 < len(pieces):
                 started.append(self._start(pieces[i + 1], routes[i + 1]))
-            back.append(self._compute(*started[i], experts))
+            back.append(self._compute(*started[i], experts, flags_N is not None))
             started[i] = ()
 
         def finish() -> torch.Tensor:
@@ -109,15 +112,16 @@ class DedupDispatcher:
         return finish, loads
 
     def _pieces(self, x_TD: torch.Tensor, token_N: torch.Tensor, expert_N: torch.Tensor,
-                weights_N: torch.Tensor) -> list[_Piece]:
+                weights_N: torch.Tensor, flags_N: torch.Tensor | None) -> list[_Piece]:
         n, tokens = self.sharing.pieces, len(x_TD)
         if n == 1:
-            return [_Piece(x_TD, token_N, expert_N, weights_N)]
+            return [_Piece(x_TD, token_N, expert_N, weights_N, flags_N)]
         cuts = [tokens * i // n for i in range(n + 1)]
         ends = torch.searchsorted(token_N, torch.tensor(cuts, device=token_N.device)).tolist()  # on a GPU one more host sync
         parts = (tensor.split([b - a for a, b in zip(of, of[1:])])
                  for tensor, of in ((x_TD, cuts), (token_N, ends), (expert_N, ends), (weights_N, ends)))
-        return [_Piece(x, t - first, e, w) for x, t, e, w, first in zip(*parts, cuts)]
+        flags = n * [None] if flags_N is None else flags_N.split([b - a for a, b in zip(ends, ends[1:])])
+        return [_Piece(x, t - first, e, w, f) for x, t, e, w, first, f in zip(*parts, cuts, flags)]
 
     def _routes(self, pieces: list[_Piece], extra: torch.Tensor) -> tuple[list[Route], Loads]:
         """One exchange of counts for all pieces."""
@@ -127,7 +131,7 @@ class DedupDispatcher:
         *counted, extra_W = gathered.split([*map(len, counts), len(extra)], dim=1)
         loads_WE = [of_piece[:, :planner.experts] for of_piece in counted]
         loads_WP = [layout.load_of_placements(load_WE) for load_WE in loads_WE]
-        routes = [planner.route(of_piece, load_WP, len(p.x_TD), p.token_N, p.expert_N)
+        routes = [planner.route(of_piece, load_WP, len(p.x_TD), p.token_N, p.expert_N, p.flags_N)
                   for p, of_piece, load_WP in zip(pieces, counted, loads_WP)]
         rows_P = sum(loads_WP).sum(0)
         return routes, Loads(load_WE=sum(loads_WE), rows_P=rows_P, rows_W=layout.rows_of_ranks(rows_P), extra_W=extra_W)
@@ -142,24 +146,26 @@ class DedupDispatcher:
         return *SpreadStart.apply(rows_UD, weights_N, exchange), exchange
 
     def _compute(self, own_UD: torch.Tensor, own_weights_N: torch.Tensor, ticket: torch.Tensor,
-                 exchange: HierarchicalExchange, experts: Experts) -> tuple[torch.Tensor, torch.Tensor, HierarchicalExchange]:
+                 exchange: HierarchicalExchange, experts: Experts,
+                 flagged: bool) -> tuple[torch.Tensor, torch.Tensor, HierarchicalExchange]:
         """Own rows, then those that arrived, through their experts; the latter begin to travel back."""
         route, counts = exchange.route, exchange.route.counts_L
         if self.sharing.overlap:
             own_codes = route.codes_N[:exchange.own_pairs]
-            own_UD = self._through(own_UD, own_weights_N, own_codes, route.own_counts_L, experts)
+            own_UD = self._through(own_UD, own_weights_N, own_codes, route.own_counts_L, experts, flagged)
             counts = [n - own for n, own in zip(counts, route.own_counts_L)]
         rows_VD, weights_M, codes_M = SpreadFinish.apply(ticket, exchange)
-        sums_VD = self._through(rows_VD, weights_M, codes_M, counts, experts)
+        sums_VD = self._through(rows_VD, weights_M, codes_M, counts, experts, flagged)
         return CollectStart.apply(sums_VD, exchange), own_UD, exchange
 
     def _through(self, rows_VD: torch.Tensor, weights_M: torch.Tensor, codes_M: torch.Tensor, counts: list[int],
-                 experts: Experts) -> torch.Tensor:
+                 experts: Experts, flagged: bool) -> torch.Tensor:
         """[V, D]: for every row the weighted sum over its experts here."""
         with torch.no_grad():
-            row_M, placement_M = read_codes(codes_M)
+            row_M, placement_M, flag_M = read_codes(codes_M)
             order_M = placement_M.argsort(stable=True)
             place_M, per_row_V = inverse(order_M), count(torch.ones_like(row_M), row_M, len(rows_VD))
             starts_V, row_M = per_row_V.cumsum(0) - per_row_V, row_M.index_select(0, order_M)
+            flags = [flag_M.index_select(0, order_M)] if flagged else []
         rows_MD = GatherRows.apply(rows_VD, row_M, place_M, starts_V)
-        return WeightedSum.apply(experts(rows_MD, counts), weights_M, place_M, starts_V, row_M)
+        return WeightedSum.apply(experts(rows_MD, counts, *flags), weights_M, place_M, starts_V, row_M)

@@ -22,7 +22,8 @@ from moedist.dispatch.segments import GatherRows, PermuteRows, WeightedSum
 from moedist.dispatch.transport import Transport
 
 
-Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (rows sorted by local expert, rows of each) -> results
+# (rows sorted by local expert, rows of each[, flags of the rows, where they have any]) -> results
+Experts = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,26 @@ class Dispatcher:
         return Dispatcher(layout, self.transport, self.slot_of_expert_E.device, self.place)
 
     def run(self, x_TD: torch.Tensor, token_ids_N: torch.Tensor, expert_ids_N: torch.Tensor, weights_N: torch.Tensor,
-            extra: torch.Tensor, experts: Experts) -> tuple[Callable[[], torch.Tensor], Loads]:
+            extra: torch.Tensor, experts: Experts,
+            flags_N: Optional[torch.Tensor] = None) -> tuple[Callable[[], torch.Tensor], Loads]:
         """Dispatch, experts, combine.
+
+        Args:
+            flags_N: bool, travels with each row (on all ranks or on none): `experts` then gets the flags of its rows, too.
 
         Returns:
             (finish, loads): `finish` gives what `combine` does. A dispatcher that overlaps is waiting for rows until then.
         """
-        rows, meta = self.dispatch(x_TD, token_ids_N, expert_ids_N, extra)
-        y_TD = self.combine(experts(rows, meta.expert_counts_L), weights_N, meta)
+        rows, meta = self.dispatch(x_TD, token_ids_N, expert_ids_N, extra, flags_N)
+        flags = []
+        if flags_N is not None:
+            rows, flags = rows[:, :-1].contiguous(), [rows[:, -1] > 0]
+        y_TD = self.combine(experts(rows, meta.expert_counts_L, *flags), weights_N, meta)
         return lambda: y_TD, meta
 
     def dispatch(self, x_TD: torch.Tensor, token_ids_N: torch.Tensor, expert_ids_N: torch.Tensor,
-                 extra: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, Meta]:
+                 extra: Optional[torch.Tensor] = None,
+                 flags_N: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, Meta]:
         """Rows for the local experts, sorted by expert, and what `combine` needs.
 
         Args:
@@ -100,12 +109,16 @@ class Dispatcher:
             token_ids_N: int64, ascending: the source of each row.
             expert_ids_N: int64: the destination of each row.
             extra: int64 vector that travels with the counts, for sums over ranks that cost no collective of their own.
+            flags_N: bool; rows then have one more column, 1 or 0.
 
         Returns:
             (rows_RD, meta); `meta.expert_counts_L` says how many rows each local expert has.
         """
         meta = self._meta(len(x_TD), token_ids_N, expert_ids_N, extra)
         rows = GatherRows.apply(x_TD, meta.token_N, meta.by_token_N, meta.starts_T)
+        if flags_N is not None:
+            sent = torch.empty_like(flags_N).index_copy_(0, meta.by_token_N, flags_N)
+            rows = torch.cat([rows, sent.to(rows.dtype).unsqueeze(1)], dim=1)
         if self.layout.world_size > 1:
             rows = ExchangeRows.apply(rows, meta.send, meta.receive, self.transport, self.place)
             if self.place is not None:

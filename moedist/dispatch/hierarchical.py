@@ -192,7 +192,7 @@ class _Fan:
 
     @classmethod
     def of(cls, codes_M: torch.Tensor, rows: int, forward: Leg, own: tuple[int, int], planner: Planner) -> "_Fan":
-        row_M, placement_M = read_codes(codes_M)
+        row_M, placement_M, flag_M = read_codes(codes_M)
         member_M, order_M = planner.stop_W1[planner.rank_of_P[placement_M]].sort(stable=True)
         row_M = row_M.index_select(0, order_M)
         new_M = changes(member_M * (rows + 1) + row_M)
@@ -200,7 +200,7 @@ class _Fan:
         per_row_B = count(torch.ones_like(row_F), row_F, rows)
         placement_M = placement_M.index_select(0, order_M)
         return cls(row_F, row_F.argsort(stable=True), per_row_B.cumsum(0) - per_row_B, order_M, inverse(order_M),
-                   write_codes(placement_M, new_M))
+                   write_codes(placement_M, new_M, flag_M.index_select(0, order_M)))
 
     def spread(self, parcel: Parcel) -> Parcel:
         return Parcel(parcel.rows.index_select(0, self.row_F),

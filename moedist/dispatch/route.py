@@ -112,12 +112,13 @@ class Planner:
         return torch.cat(counts)
 
     def route(self, counted_W: torch.Tensor, load_WP: torch.Tensor, tokens: int, token_N: torch.Tensor,
-              expert_N: torch.Tensor) -> Route:
+              expert_N: torch.Tensor, flags_N: Optional[torch.Tensor] = None) -> Route:
         """The route of what was counted.
 
         Args:
             counted_W: what `count` returned on every rank, on the CPU.
             load_WP: pairs that every rank sends to every placement, see `Layout`.
+            flags_N: bool of every pair, that its code carries; None: False.
         """
         layout = self.layout
         rank, local = layout.rank, layout.local_P
@@ -134,8 +135,9 @@ class Planner:
         token_U = token_N.new_empty(rows).scatter_(0, row_N, token_N.index_select(0, order_N))
         per_token_T = count(torch.ones_like(token_U), token_U, tokens)
         placement_N = placement_N.index_select(0, order_N)
+        flags_N = torch.zeros_like(new_row_N) if flags_N is None else flags_N.index_select(0, order_N)
         return Route(**sizes, order_N=order_N, inverse_N=inverse(order_N),
-                     codes_N=write_codes(placement_N, new_row_N), token_U=token_U,
+                     codes_N=write_codes(placement_N, new_row_N, flags_N), token_U=token_U,
                      by_token_U=token_U.argsort(stable=True), starts_T=per_token_T.cumsum(0) - per_token_T,
                      own_counts_L=load_WP[rank, local].tolist(), counts_L=load_WP[:, local].sum(0).tolist())
 
@@ -205,15 +207,17 @@ def inverse(order: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
-def write_codes(placement_N: torch.Tensor, new_row_N: torch.Tensor) -> torch.Tensor:
-    """int32: the placement of every pair; -placement - 1 where another row begins."""
-    return torch.where(new_row_N, -placement_N - 1, placement_N).to(torch.int32)
+def write_codes(placement_N: torch.Tensor, new_row_N: torch.Tensor, flag_N: torch.Tensor) -> torch.Tensor:
+    """int32: of every pair c = 2 placement + flag; -c - 1 where another row begins."""
+    code_N = 2 * placement_N + flag_N
+    return torch.where(new_row_N, -code_N - 1, code_N).to(torch.int32)
 
 
-def read_codes(codes_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row, placement) of every pair, int64."""
+def read_codes(codes_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(row, placement) of every pair, int64, and its flag, bool."""
     new_N = codes_N < 0
-    return new_N.cumsum(0) - 1, torch.where(new_N, -codes_N - 1, codes_N).long()
+    code_N = torch.where(new_N, -codes_N - 1, codes_N).long()
+    return new_N.cumsum(0) - 1, code_N >> 1, (code_N & 1).bool()
 
 
 def changes(sorted_N: torch.Tensor) -> torch.Tensor:

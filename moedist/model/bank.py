@@ -30,8 +30,11 @@ class Bank(nn.Module):
         expert_ids: global ids of the experts held here, ascending; may be empty.
         forms: of each.
         width: D.
+        restores: whether `forward` takes a fourth argument, the rows that compensators are for.
         indices: int32, the index vectors of all, one after another. At first every vector is 0, 1, ..., a valid one.
     """
+
+    restores = False
 
     def __init__(self, layer: int, expert_ids: Sequence[int], forms: Sequence[ExpertForm], width: int, activation: str,
                  device: torch.device | str):

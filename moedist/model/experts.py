@@ -13,6 +13,7 @@ from moedist.model.bank import Bank, BankTensors
 from moedist.model.factored import FactoredBank
 from moedist.model.forms import ExpertForm
 from moedist.model.grouped_ffn import grouped_ffn
+from moedist.model.lowbit import LowBitBank
 
 
 class ExpertBank(Bank):
@@ -51,7 +52,15 @@ class ExpertBank(Bank):
 
 def build_bank(layer: int, expert_ids: Sequence[int], forms: Sequence[ExpertForm], width: int, activation: str,
                device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bank:
-    """A bank, not filled, for experts of these forms: of the dense kind where all are dense, since that is faster."""
+    """A bank, not filled, for experts of these forms: of the dense kind where all are dense, since that is faster.
+
+    Raises:
+        ValueError: some are in few bits, and some not.
+    """
+    if any(form.is_lowbit for form in forms):
+        if not all(form.is_lowbit for form in forms):
+            raise ValueError(f"of the experts of layer {layer}, some are in few bits and some not: compress all of a run")
+        return LowBitBank(layer, expert_ids, forms, width, activation, device)
     if all(form.is_dense for form in forms):
         return ExpertBank(layer, expert_ids, width, [form.hidden for form in forms], activation, device, dtype, forms)
     return FactoredBank(layer, expert_ids, forms, width, activation, device, dtype)

@@ -2,7 +2,8 @@
 
 Matrices are w1 (gate, or the only input projection), w3 (up, swiglu only) and w2 (down), each [J, D] with one row per
 hidden neuron: J neurons now, D model width. A matrix that is stored as it is has that name; a factored one (see
-`moedist.compress.matrices`) adds a dot and the name of the factor: `w1.rest`, `w1.basis`. Index vectors are int32:
+`moedist.compress.matrices`) adds a dot and the name of the factor: `w1.rest`, `w1.basis`; one in few bits likewise, with names
+that say how many (see `moedist.compress.lowbit`). Index vectors are int32:
 `neurons` [J], which neurons of the expert before any compression these are (absent: all), and those of factors, `w1.kept`.
 Behind the prefix of an expert, `layers.3.experts.17.`, these are the names in a checkpoint, so its own list of shapes says
 in what form each expert is.
@@ -17,7 +18,8 @@ from typing import Iterable, Mapping, Sequence
 
 import torch
 
-from moedist.compress import ColumnsRows, Compressed, Dense, Interpolated, Matrix, TwoFactors
+from moedist.compress import ColumnsRows, Compressed, Dense, Interpolated, LowBit, Matrix, TwoFactors
+from moedist.compress.lowbit import in_order, is_codes, stored_dtype
 from moedist.compress.matrices import INDEX_BYTES
 
 MATRICES = ("w1", "w3", "w2")  # the order in a bank
@@ -69,16 +71,26 @@ class ExpertForm:
         tensors, indices = [], [("neurons", left.pop("neurons")[0])] if "neurons" in left else []
         for matrix in MATRICES if gated else ("w1", "w2"):
             kind = _kind_of(matrix, shapes)
+            if kind is LowBit:
+                names = _names(matrix, in_order(name.partition(".")[2] for name in left if name.startswith(matrix + ".")))
+                tensors += [(name, tuple(left.pop(name))) for name in names]
+                continue
             tensors += [(name, tuple(left.pop(name))) for name in _names(matrix, TENSORS[kind])]
             indices += [(name, left.pop(name)[0]) for name in _names(matrix, INDICES.get(kind, ()))]
         if left:
             raise ValueError(f"an expert with {sorted(shapes)} has no use for {sorted(left)}")
-        return cls(tuple(tensors), tuple(indices))
+        form = cls(tuple(tensors), tuple(indices))
+        if form.is_lowbit and not all(any(map(_in_few_bits, names)) for names in form.matrices().values()):
+            raise ValueError(f"an expert with {sorted(shapes)} has some matrices in few bits and some not")
+        return form
 
     @property
     def numbers(self) -> int:
-        """Trained numbers. A row of activations meets each once, in a multiply-add, forward."""
-        return sum(math.prod(shape) for _, shape in self.tensors)
+        """Numbers, trained unless they are in few bits. A row of activations meets each once, in a multiply-add, forward."""
+        if not self.is_lowbit:
+            return sum(math.prod(shape) for _, shape in self.tensors)
+        ranks = sum(shape[0] for name, shape in self.tensors if name.endswith(".left_scales"))
+        return len(self.matrices()) * self.hidden * self.width + ranks * (self.hidden + self.width)
 
     @property
     def index_numbers(self) -> int:
@@ -99,6 +111,8 @@ class ExpertForm:
     @property
     def width(self) -> int:
         """D."""
+        if self.is_lowbit:  # down is stored transposed
+            return next(shape[0] for name, shape in self.tensors if name.startswith("w2.") and _in_few_bits(name))
         return self.tensors[-1][1][-1]
 
     @property
@@ -107,13 +121,23 @@ class ExpertForm:
         return all(name in MATRICES for name, _ in self.tensors)
 
     @property
+    def is_lowbit(self) -> bool:
+        """Whether its matrices are stored in few bits."""
+        return _in_few_bits(self.tensors[0][0])
+
+    @property
     def gated(self) -> bool:
         """Whether there is a gate (swiglu)."""
         return any(name.startswith("w3") for name, _ in self.tensors)
 
     def bytes(self, itemsize: int = 4) -> int:
-        """Bytes stored in weights of numbers of `itemsize` bytes, index vectors included."""
-        return self.numbers * itemsize + self.index_numbers * INDEX_BYTES
+        """Bytes stored in weights of numbers of `itemsize` bytes (or in few bits), index vectors included."""
+        return self.weight_bytes(itemsize) + self.index_numbers * INDEX_BYTES
+
+    def weight_bytes(self, itemsize: int = 4, names: Sequence[str] | None = None) -> int:
+        """Of the tensors alone, or of those called `names`."""
+        return sum(math.prod(shape) * (dtype_of(name).itemsize if self.is_lowbit else itemsize)
+                   for name, shape in self.tensors if names is None or name in names)
 
     def matrices(self) -> dict[str, tuple[str, ...]]:
         """Matrix -> the names of its tensors, from the side of the neurons to that of the model width."""
@@ -137,6 +161,10 @@ class ExpertForm:
 
     def stored(self, tensors: Mapping[str, torch.Tensor], indices: Mapping[str, torch.Tensor], hidden: int) -> Compressed:
         """The expert as compression sees it; `hidden` are its neurons before any compression."""
+        if self.is_lowbit:
+            fields = by_part(tensors)
+            return Compressed(hidden, indices.get("neurons"), {
+                part: LowBit.of(fields[part], self.hidden, self.width, part == "down") for part in PARTS[self.gated]})
         vectors = {name: vector for name, vector in indices.items() if name != "neurons"}
         kinds = {part: _kind_of(matrix, tensors) for part, matrix in PARTS[self.gated].items()}
         fields = by_part({**tensors, **vectors})
@@ -188,8 +216,19 @@ def forms_by_expert(shapes: Mapping[str, Sequence[int]]) -> dict[int, dict[int, 
     return {layer: {e: ExpertForm.from_shapes(names) for e, names in experts.items()} for layer, experts in found.items()}
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """Of a tensor of an expert in few bits."""
+    return stored_dtype(name.partition(".")[2])
+
+
+def _in_few_bits(name: str) -> bool:
+    return is_codes(name.partition(".")[2])
+
+
 def _kind_of(matrix: str, names: Iterable[str]) -> type[Matrix]:
     have = {name for name in names if name.split(".")[0] == matrix}
+    if any(map(_in_few_bits, have)):
+        return LowBit
     for kind, short in TENSORS.items():
         if have >= set(_names(matrix, short)):
             return kind

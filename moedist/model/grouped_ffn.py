@@ -78,6 +78,12 @@ def make_groups(counts: Sequence[int], widths: Sequence[int], gate: int, limit: 
     return groups
 
 
+def forward_groups(counts: Sequence[int], widths: Sequence[int], gate: int) -> list[Group]:
+    """The groups of a forward pass, for as many threads as there are."""
+    values = sum(c * w for c, w in zip(counts, widths))
+    return make_groups(counts, widths, gate, min(GROUP_VALUES, values // (GROUPS_PER_THREAD * torch.get_num_threads())))
+
+
 def grouped_ffn(rows_RD: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, counts: Sequence[int],
                 widths: Sequence[int], activation: str,
                 timed: Callable[[], ContextManager] = nullcontext) -> torch.Tensor:
@@ -100,10 +106,8 @@ class _GroupedFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, counts: list[int],
                 widths: list[int], activation: str, timed: Callable[[], ContextManager]) -> torch.Tensor:
-        values = sum(c * w for c, w in zip(counts, widths))
-        limit = min(GROUP_VALUES, values // (GROUPS_PER_THREAD * torch.get_num_threads()))
-        gate = ACTIVATIONS[activation]
-        groups = make_groups(counts, widths, gate, limit)
+        values, gate = sum(c * w for c, w in zip(counts, widths)), ACTIVATIONS[activation]
+        groups = forward_groups(counts, widths, gate)
         largest = max((group.size for group in groups), default=0)
         hidden, y = x.new_empty(values * gate), torch.empty_like(x)
         x, w_in, w_out = x.detach(), w_in.detach(), w_out.detach()

@@ -16,7 +16,7 @@ from torch import nn
 from moedist.dispatch import AnyDispatcher
 from moedist.model.bank import Bank
 from moedist.model.feed_forward import FeedForward
-from moedist.routing import Assignment, Router, RouterInput, balance_loss_sum
+from moedist.routing import Assignment, Router, RouterInput, balance_loss_sum, most_trusted
 from moedist.timing import Meter, region
 
 Watch = Callable[[torch.Tensor, torch.Tensor, list[int], Assignment], torch.Tensor]
@@ -52,6 +52,8 @@ class MoELayer(nn.Module):
         watch: None, or called once in every forward pass with (rows that arrived, what their experts made of them, rows of
             each local expert, what the router of this rank wanted); what it returns takes the place of the experts' results.
             Set on all ranks or on none: rows then travel by `Dispatcher.plain`, which the watch may use too.
+        restored: of experts in few bits, at how many of a token's, by router weight, their compensators are used; None: all.
+            The same on every rank.
     """
 
     def __init__(self, router: Router, bank: Bank, dispatcher: AnyDispatcher, shared: FeedForward | None = None,
@@ -59,6 +61,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router, self.shared, self.meter = router, shared, meter
         self.watch: Watch | None = None
+        self.restored: int | None = None
         self.place(bank, dispatcher)
 
     def place(self, bank: Bank, dispatcher: AnyDispatcher) -> None:
@@ -78,18 +81,19 @@ class MoELayer(nn.Module):
         source = x_GSD if routed.mix_in is None else routed.mix_in.to(x_GSD.dtype) @ x_GSD
         timed = functools.partial(self.meter.expert, self.bank.layer) if self.meter and self.training else nullcontext
 
+        flags = [] if self.restored is None else [most_trusted(routed.token_ids_N, routed.weights_N, self.restored)]
         named = ExitStack()  # the region until experts start, and again when they are done
 
-        def experts(rows_RD: torch.Tensor, counts_L: list[int]) -> torch.Tensor:
+        def experts(rows_RD: torch.Tensor, counts_L: list[int], *flags_R: torch.Tensor) -> torch.Tensor:
             named.close()
-            results = self.bank(rows_RD, counts_L, timed)
+            results = self.bank(rows_RD, counts_L, timed, *(flags_R if self.bank.restores else ()))
             named.enter_context(region("combine"))
             return results if self.watch is None else self.watch(rows_RD, results, counts_L, routed)
 
         named.enter_context(region("dispatch"))
         dispatcher = self.dispatcher if self.watch is None else self.dispatcher.plain
         finish, loads = dispatcher.run(source.flatten(0, 1), routed.token_ids_N, routed.expert_ids_N, routed.weights_N,
-                                       routed.demand_E, experts)
+                                       routed.demand_E, experts, *flags)
         shared = None if self.shared is None else self.shared(x_GSD)  # while rows travel back
         y = finish().view_as(source)
         named.close()

@@ -30,7 +30,7 @@ def in_threads(run: Callable[[Iterator[Job]], None], jobs: Sequence[Job], device
     Results do not depend on who takes which job, as long as each writes slices of its own.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(jobs) < 2 * threads:
+    if not _shared(len(jobs), device):
         with torch.no_grad():
             run(iter(jobs))
         return
@@ -38,6 +38,20 @@ def in_threads(run: Callable[[Iterator[Job]], None], jobs: Sequence[Job], device
     futures = [_pool(threads).submit(_without_grad, run, queue) for _ in range(threads)]
     for future in futures:
         future.result()
+
+
+def as_in_threads(run: Callable[[], None], jobs: int, device: torch.device) -> None:
+    """Call `run` where `in_threads` would do so many jobs, in one of its threads: a GEMM gives the same bits only there."""
+    if _shared(jobs, device):
+        _pool(torch.get_num_threads()).submit(torch.no_grad()(run)).result()
+    else:
+        run()
+
+
+def _shared(jobs: int, device: torch.device) -> bool:
+    """Whether there are enough jobs to share."""
+    threads = torch.get_num_threads()
+    return device.type == "cpu" and threads > 1 and jobs >= 2 * threads
 
 
 class _SharedQueue:

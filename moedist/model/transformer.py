@@ -161,6 +161,8 @@ class Transformer(nn.Module):
                     if m.shared_experts else None
                 dispatcher = build_dispatcher(layout, transport, device, sharing, None if meter is None else (i, meter))
                 ffn: nn.Module = MoELayer(router, bank, dispatcher, shared, meter)
+                if any(form.is_lowbit for form in of_layer.values()):
+                    ffn.restored = config.restored(i)
             else:
                 ffn = FeedForward(m.width, m.ffn_hidden, m.activation)
             blocks.append(Block(m, ffn))

@@ -72,10 +72,7 @@ class Recorder:
         """Write metrics of `step` (all declared in `METRICS`) everywhere, and `line` for people."""
         if not self.active:
             return
-        undeclared = [name for name in values if not is_declared(name)]
-        assert not undeclared, f"metrics without a declaration: {sorted(undeclared)}"
-        # JSON has no word for what is not finite
-        values = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}
+        values = finite(values)
         self._file.write({"step": step, **values})
         if self._wandb is not None:
             self._wandb.log(step, {name: value for name, value in values.items() if value is not None})
@@ -132,3 +129,11 @@ class Recorder:
             self._display.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def finite(values: Mapping[str, float | str]) -> dict[str, float | str | None]:
+    """What a line of metrics.jsonl holds of metrics, which must be declared in `METRICS`: None for what is not finite, for
+    which JSON has no word."""
+    undeclared = [name for name in values if not is_declared(name)]
+    assert not undeclared, f"metrics without a declaration: {sorted(undeclared)}"
+    return {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}

@@ -14,6 +14,7 @@ import torch
 
 from moedist.compress import Calibration, Expert, calibrate, calibration_bytes
 from moedist.data import TrainStream
+from moedist.errors import CompressError
 from moedist.model import Batch, MoELayer, Transformer
 from moedist.phases.evaluation import EVAL_SEED, forward_loss
 from moedist.placement import LayerPlan, equal_counts
@@ -59,7 +60,13 @@ def watch_experts(model: Transformer, world: World, source: Source, layers: Coll
     Args:
         needs: fields of `Calibration` to fill.
         tick: called after every pass.
+
+    Raises:
+        CompressError: experts are in few bits.
     """
+    low = any(form.is_lowbit for bank in model.banks.values() for form in bank.forms)
+    if any(world.gather_objects(low)):  # a rank may have no experts
+        raise CompressError("experts in few bits have no backward pass, and cannot be watched: take the run they were made of")
     was_training = model.training
     model.eval()
     watchers = {i: _Watcher(moe, needs) for i, moe in model.moe_layers() if i in layers}

@@ -15,6 +15,7 @@ from moedist.routing.soft_moe import SoftMoERouter
 from moedist.routing.stochastic_topk import StochasticTopKRouter
 from moedist.routing.switch import SwitchRouter
 from moedist.routing.topk import TopKRouter
+from moedist.routing.trust import most_trusted
 
 ROUTERS: dict[str, type[Router]] = {
     "random": RandomRouter,
@@ -33,4 +34,5 @@ def build_router(width: int, experts: int, top_k: int, config: RouterConfig, seq
     return ROUTERS[config.name](width, experts, top_k, config, sequence)
 
 
-__all__ = ["ROUTERS", "Assignment", "Router", "RouterInput", "balance_loss_sum", "build_router", "mix_seeds"]
+__all__ = ["ROUTERS", "Assignment", "Router", "RouterInput", "balance_loss_sum", "build_router", "mix_seeds",
+           "most_trusted"]
