@@ -169,6 +169,8 @@ def _dense_parts(config: Config, vocab: int, device: torch.device) -> list[_Part
 class _NoExperts(nn.Module):
     """A bank whose experts return what they get: what is left is the cost of sending rows to experts and back."""
 
+    restores = False
+
     def forward(self, rows_RD: torch.Tensor, *_: object) -> torch.Tensor:
         return rows_RD
 

@@ -55,7 +55,7 @@ class Cluster:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         with suppress(RuntimeError):
             self.devcluster("stop")
-        self.devcluster("start", "nvidia=2x2", "amd=2x1")
+        self.devcluster("start", "nvidia=2x2", "amd=2x1", "--share", str(ROOT), "--share", sys.prefix)
         (self.shared / "cache").mkdir()
         for kind in ("nvidia", "amd"):
             venv = self.shared / f"venv-{kind}"
