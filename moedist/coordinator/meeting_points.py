@@ -39,7 +39,8 @@ def experts_in_every_island(config: PlacementConfig, facts: Sequence[RankFacts],
     if wanted != "auto":
         return wanted, f"placement.experts_in_every_island={str(wanted).lower()}"
     rows, enough = crossing_rows(facts, sizes, dedup), ROWS_OF_HIDDEN * sizes.hidden
-    why = f"{rows:,.0f} rows of an expert would cross between islands in a step, and a copy is less from {enough:,.0f}"
+    why = (f"{rows:,.0f} rows of an expert would cross between islands in a step; above {enough:,.0f}, {ROWS_OF_HIDDEN:g} of its "
+           "hidden width, a copy in every island is less (placement.experts_in_every_island)")
     if rows > enough and room[least] < sizes.experts:
         return False, f"{why}, but {full}"
     return rows > enough, why

@@ -42,9 +42,9 @@ class Recorder:
             self._display = Display(config.monitor.output, total_steps, first_step)
             self._file, self._loads = (JsonLines(path, self.say) for path in (run.metrics_file, run.loads_file))
             if mode != "disabled":
-                self._wandb = WandbRun(config, run, mode, facts)
+                self._wandb = WandbRun(config, run, mode, facts, self.say)
         elif config.monitor.wandb_ranks and mode != "disabled":
-            self._wandb = WandbRun(config, run, mode, facts, rank)
+            self._wandb = WandbRun(config, run, mode, facts, self.say, rank)
 
     def rank_name(self, rank: int) -> str:
         """rank 3 (node7, cuda:1)"""

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -12,7 +14,7 @@ from moedist import __version__ as moedist_version
 from moedist.monitor import METRICS
 from moedist.monitor.metrics import RANK_SERIES, declaration, is_declared
 from moedist.monitor.dashboard import dashboard, make_dashboard, workspace_of
-from tests.launching import ROOT, moedist
+from tests.launching import ROOT, TINY, command, environment, moedist, wait_for_step
 from tests.monitor.wandb_file import history, records
 from tests.watched_run import STEPS
 
@@ -147,3 +149,23 @@ def test_dashboard_is_one_that_their_library_accepts():
     workspace = workspace_of(dashboard("mine", ranks=2), "somebody", "moedist")
     assert [section.name for section in workspace.sections][:2] == ["Training", "Speed"]
     assert workspace.sections[0].panels[0].x == "train/tokens"
+
+
+def test_a_training_outlives_weights_and_biases(tmp_path, cache):
+    """Slurm's signals reach its process too, before the ranks have saved."""
+    arguments = command(1, "train", "configs/quickstart.yaml", *TINY, "phases=[{train: 5000}]", "checkpoint.every=0",
+                        "monitor.wandb=offline", f"folder={tmp_path}")
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    run = wait_for_step(tmp_path, 2, process)
+    theirs = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid), "wandb-core"], capture_output=True,
+                                                 text=True).stdout.split()]
+    assert theirs
+    for pid in theirs:
+        os.kill(pid, signal.SIGKILL)
+    wait_for_step(tmp_path, max(jsonl(run)) + 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    assert out.count("warning: Weights & Biases is gone") == 1 and "stopped by a signal" in out
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
