@@ -19,7 +19,7 @@ def experts_in_every_island(config: PlacementConfig, facts: Sequence[RankFacts],
     """Whether every island gets all experts, and why, in words; the words are empty where there is one island.
 
     Args:
-        slots: experts of a layer that every rank can hold.
+        slots: experts of a layer that every rank can hold; one without expert speed gets none.
         dedup: how often a token's row crosses, as `dispatch.dedup`.
 
     Raises:
@@ -29,7 +29,8 @@ def experts_in_every_island(config: PlacementConfig, facts: Sequence[RankFacts],
     known = sorted(set(islands))
     if len(known) == 1:
         return False, ""
-    room = {i: sum(min(n, sizes.experts) for n, island in zip(slots, islands) if island == i) for i in known}
+    room = {i: sum(min(n, sizes.experts) for n, f in zip(slots, facts) if f.island == i and f.expert_rows_per_s > 0)
+            for i in known}
     least = min(known, key=lambda i: room[i])
     full = f"island {least} (ranks {[r for r, i in enumerate(islands) if i == least]}) can hold {room[least]} of the " \
            f"{sizes.experts} experts of a layer"

@@ -11,8 +11,8 @@ from moedist.coordinator.facts import RankFacts
 from moedist.coordinator.sizes import Sizes
 from moedist.coordinator.speeds import Speeds
 from moedist.errors import PlacementError
-from moedist.placement import (LayerPlan, Plan, Problem, Replan, bound, makespan, plan_batch, plan_layer, rank_loads,
-                               replan_layer, split_batch)
+from moedist.placement import (LayerPlan, Plan, Problem, Replan, bound, makespan, moved_placements, plan_batch, plan_layer,
+                               rank_loads, replan_layer, split_batch)
 
 MEMORY_PART = 0.8  # of what is free: the rest is for buffers and what the allocator wastes
 
@@ -196,8 +196,7 @@ def _proposal(found: Mapping[int, Problem], layers: Mapping[int, LayerPlan], cou
             seconds[r] += load / problem.speeds[r] if load else 0.0
     plan = Plan(ranks, tuple(layers.items()), tuple(float(n) for n in counts), cluster.expert.per_s,
                 tuple(1e3 * s for s in seconds))
-    held = {(i, e, r) for i, layer in (old.layers if old else ()) for e, owners in enumerate(layer.owners) for r in owners}
-    moved = sum((i, e, r) not in held for i, layer in plan.layers for e, owners in enumerate(layer.owners) for r in owners)
     expert_s = sum(makespan(layers[i], problem) for i, problem in found.items())
     old_s = sum(makespan(old.layer(i), problem) for i, problem in found.items()) if old else expert_s
-    return Proposal(plan, reason, expert_s, old_s, sum(bound(problem) for problem in found.values()), moved if old else 0)
+    return Proposal(plan, reason, expert_s, old_s, sum(bound(problem) for problem in found.values()),
+                    moved_placements(old, plan) if old else 0)

@@ -48,8 +48,8 @@ def predict(cluster: Cluster, plan: Plan, loads: Mapping[int, Sequence[float]], 
         seconds_W = cluster.expert.seconds_of_all(rows_W, sizes.calls)
         expert_W += seconds_W
         expert_total += float(seconds_W.max())
-        exchange += max(_exchange_s(cluster, np.where(island_W == island, rows_W, 0), np.where(island_W == island, counts, 0), sizes)
-                        for island_W in (np.array(placed.islands or (0,) * ranks),) for island in set(island_W.tolist()))
+        among = [np.array(placed.islands) == island for island in set(placed.islands)] or [np.ones(ranks, dtype=bool)]
+        exchange += max(_exchange_s(cluster, rows_W * those, np.asarray(counts) * those, sizes) for those in among)
     sync = _sync_s(cluster, plan, sizes)
     return StepTime(float(dense_W.max()), expert_total, exchange, sync, tuple(expert_W.tolist()), tuple(dense_W.tolist()))
 

@@ -9,6 +9,7 @@ from typing import Iterator
 import torch
 
 from moedist.model import ExpertForm, MoELayer, Transformer
+from moedist.phases.shrink import merged
 from moedist.routing import Assignment, most_trusted
 from moedist.world import World
 
@@ -29,9 +30,7 @@ class Routed:
             itemsize: of a number that is not in few bits.
         """
         sizes = {(i, e): _sizes(bank.form_of(e), itemsize) for i, bank in model.banks.items() for e in bank.expert_ids}
-        everywhere: dict[tuple[int, int], tuple[int, int]] = {}
-        for of_rank in world.gather_objects(sizes):
-            everywhere.update(of_rank)
+        everywhere = merged(world.gather_objects(sizes))
         total = torch.tensor([float(sum(int(self.rows[i][e]) * base + int(self.restored[i][e]) * more
                                         for (i, e), (base, more) in everywhere.items() if i in self.rows)),
                               float(self.tokens)], dtype=torch.float64)

@@ -18,8 +18,8 @@ from moedist.errors import CheckpointError
 from moedist.model import Batch, ExpertForm, Transformer
 from moedist.monitor import Recorder
 from moedist.phases.evaluation import HeldOut
-from moedist.phases.watch import Watch, moved_placements
-from moedist.placement import Plan, split_batch
+from moedist.phases.watch import Watch
+from moedist.placement import Plan, moved_placements, split_batch
 from moedist.routing import mix_seeds
 from moedist.world import World
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Mapping
+from typing import TYPE_CHECKING
 
 from moedist.config import Config
 from moedist.monitor import (Alert, Alerts, LoadHistory, RankSums, RoutingMemory, gather_sums, load_metrics, measured_peak,
@@ -127,11 +127,3 @@ def dense_flops_per_token(config: Config, dense_size: int, vocab: int) -> float:
     m = config.model
     multiplied = dense_size - (0 if m.tie_embeddings else vocab * m.width)
     return 6.0 * multiplied + 12.0 * m.layers * m.heads * m.head * config.data.sequence_length
-
-
-def moved_placements(old: Plan, new: Plan) -> int:
-    """Placements of the new plan that the old one has not, over all layers."""
-    before: Mapping[int, set[tuple[int, int]]] = {
-        i: {(e, r) for e, ranks in enumerate(layer.owners) for r in ranks} for i, layer in old.layers}
-    return sum((e, r) not in before.get(i, set()) for i, layer in new.layers
-               for e, ranks in enumerate(layer.owners) for r in ranks)

@@ -4,7 +4,7 @@ from moedist.placement.baselines import equal_layer, lpt_layer, proportional_lay
 from moedist.placement.batch import plan_batch
 from moedist.placement.cost import bound, makespan, rank_loads
 from moedist.placement.from_config import plan_from_config
-from moedist.placement.plan import LayerPlan, Plan
+from moedist.placement.plan import LayerPlan, Plan, moved_placements
 from moedist.placement.problem import Problem
 from moedist.placement.replan import Replan, replan_layer
 from moedist.placement.shares import equal_counts, split_batch
@@ -12,5 +12,5 @@ from moedist.placement.solve import plan_layer
 from moedist.placement.token_shares import best_shares
 
 __all__ = ["LayerPlan", "Plan", "Problem", "Replan", "best_shares", "bound", "equal_counts", "equal_layer", "lpt_layer",
-           "makespan", "plan_batch", "plan_from_config", "plan_layer", "proportional_layer", "rank_loads", "replan_layer",
-           "split_batch"]
+           "makespan", "moved_placements", "plan_batch", "plan_from_config", "plan_layer", "proportional_layer", "rank_loads",
+           "replan_layer", "split_batch"]

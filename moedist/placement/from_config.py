@@ -42,6 +42,8 @@ def _in_every_island(config: Config, world_size: int, shares: list[int]) -> Laye
         raise PlacementError("placement.experts_in_every_island=true with a placement that is written down, or equal, needs to "
                              f"know the islands before the ranks meet; set world.islands to {world_size} names, one per rank")
     members = members_of(number_islands(labels))
+    if len(members) == 1:
+        return _layer(p.owners, p.counts, config.model.experts, world_size)
     if p.counts is not None and len(p.counts) != world_size:
         raise PlacementError(f"placement.counts {p.counts} names {len(p.counts)} ranks but the world has {world_size}")
     layers = {}

@@ -131,5 +131,15 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
+def moved(old: LayerPlan, new: LayerPlan) -> int:
+    """Placements (expert, rank) of `new` that `old` has not."""
+    return sum(len(set(ranks) - set(was)) for was, ranks in zip(old.owners, new.owners))
+
+
+def moved_placements(old: Plan, new: Plan) -> int:
+    """The same over all layers of a model."""
+    return sum(moved(old.layer(i), layer) for i, layer in new.layers)
+
+
 def _rounded(values: Sequence[float]) -> list[float]:
     return [round(float(v), 9) for v in values]

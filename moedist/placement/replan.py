@@ -12,7 +12,7 @@ from moedist.placement.cost import cost, makespan
 from moedist.placement.fill import search
 from moedist.placement.hot import covered, covers
 from moedist.placement.per_island import join_islands
-from moedist.placement.plan import LayerPlan
+from moedist.placement.plan import LayerPlan, moved
 from moedist.placement.problem import Problem
 from moedist.placement.refine import owners_of, pieces_of, with_best_shares
 from moedist.placement.solve import plan_layer
@@ -89,11 +89,6 @@ def _replan_islands(problem: Problem, old: LayerPlan, *how: Any) -> Replan:
         layer = old
     return Replan(layer, kind, makespan(layer, problem), before, moved(old, layer),
                   any(replan.forced for replan in replans.values()))
-
-
-def moved(old: LayerPlan, new: LayerPlan) -> int:
-    """Placements (expert, rank) of `new` that `old` has not."""
-    return sum(len(set(ranks) - set(was)) for was, ranks in zip(old.owners, new.owners))
 
 
 def fits(plan: LayerPlan, problem: Problem, tolerance: float) -> bool:

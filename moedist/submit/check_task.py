@@ -26,7 +26,7 @@ WANDB_HOST = ("api.wandb.ai", 443)
 
 
 @dataclass
-class RankFacts:
+class RankSeen:
     """What one rank sees.
 
     Attributes:
@@ -73,7 +73,7 @@ class CheckTask:
         from moedist.config import load_config
         from moedist.world import World, find_launch
         config, launch = load_config(self.config, self.overrides), find_launch()
-        facts = RankFacts(launch.rank, launch.size, socket.gethostname(), os.environ.get("MOEDIST_KIND", ""), _versions(),
+        facts = RankSeen(launch.rank, launch.size, socket.gethostname(), os.environ.get("MOEDIST_KIND", ""), _versions(),
                           _devices(), len(os.sched_getaffinity(0)), _reaches_wandb(config), _data_problem(config))
         _write(facts)
         try:
@@ -90,7 +90,7 @@ class CheckTask:
             raise
 
 
-def _together(facts: RankFacts, config: Any, world: Any) -> None:
+def _together(facts: RankSeen, config: Any, world: Any) -> None:
     from moedist.mpi import mpi_version
     facts.mpi = mpi_version() if world.mpi is not None else ""
     facts.skew_s = _skew(world)
@@ -183,7 +183,7 @@ def _folder() -> Path:
     return Path(os.environ["MOEDIST_JOB"]) / "check"
 
 
-def _write(facts: RankFacts) -> None:
+def _write(facts: RankSeen) -> None:
     folder = _folder()
     folder.mkdir(exist_ok=True)
     part = folder / f"{facts.rank}.part"

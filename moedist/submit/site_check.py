@@ -45,7 +45,7 @@ def check_site(request: Request) -> bool:
 
 
 def read_facts(folder: JobFolder) -> list[dict[str, Any]]:
-    """Of all ranks that have said something, by rank; see `moedist.submit.check_task.RankFacts`."""
+    """Of all ranks that have said something, by rank; see `moedist.submit.check_task.RankSeen`."""
     files = (folder.path / "check").glob("*.json")
     return sorted((json.loads(file.read_text(encoding="utf-8")) for file in files), key=lambda facts: facts["rank"])
 

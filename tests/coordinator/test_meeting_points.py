@@ -1,5 +1,7 @@
 """Whether islands meet in every layer or once a step: by the rule, by memory, and by what the user says."""
 
+import dataclasses
+
 import pytest
 
 from moedist.config import PlacementConfig, config_from_dict
@@ -38,6 +40,9 @@ def test_the_rule():
     assert yes and "above 18, 0.75 of its hidden width, a copy in every island is less" in why
     no, why = choose("auto", [8, 4, 3], narrow)
     assert not no and "island 1 (ranks [1, 2]) can hold 7 of the 8 experts" in why
+    idle = [*FACTS[:2], dataclasses.replace(FACTS[2], expert_rows_per_s=0.0)]
+    no, why = choose("auto", sizes=narrow, facts=idle)
+    assert not no and "can hold 4 of the 8 experts" in why, "a rank without speed gets no experts"
 
 
 def test_what_the_user_says():
@@ -53,6 +58,8 @@ def test_a_placement_that_is_written_down():
     layer = plan.layer(1)
     assert [layer.experts_of_rank(r) for r in range(3)] == [list(range(8)), [0, 1, 2, 3], [4, 5, 6, 7]]
     assert layer.islands == (0, 1, 1) and layer.shares[0] == (0.5, 0.5)
+    one, _ = written_plan(config_from_dict(TREE, [everywhere[0], "world.islands=[a,a]"]), 2, None)
+    assert one.layer(0).islands == () and one.layer(0).experts_of_rank(0) == [0, 1, 2, 3], "one island: as ever"
     plan, _ = written_plan(config_from_dict(TREE, [*everywhere, "placement.counts=[8,6,2]"]), 3, None)
     assert len(plan.layer(0).experts_of_rank(1)) == 6
     with pytest.raises(PlacementError, match=r"island 'amd' \(ranks \[1, 2\], here counted from 0\): .*sums to 7"):

@@ -159,7 +159,6 @@ def test_islands_that_keep_their_tokens_are_planned_each_for_itself():
     assert held(found.plan) == [6, 2, 8] and layer.islands == (0, 0, 1)
     assert split_batch(16, found.plan.batch_shares)[2] == 8
     assert found.expert_s == pytest.approx(found.bound_s) and found.bound_s == pytest.approx(2 * ROWS / 2 / 400)
-    assert len({layer.primaries.count(r) for r in (0, 1)} | {layer.primaries.count(2)}) > 1
     assert layer.primaries.count(2) == 4, "the islands update as many experts each"
     assert Plan.from_json(found.plan.to_json()) == found.plan
 

@@ -8,8 +8,8 @@ import torch
 from moedist.config import config_from_dict
 from moedist.monitor import METRICS, RankSums, declaration, gather_sums, measured_peak, memory_held, rank_metrics
 from moedist.monitor.metrics import RANK_SERIES, is_declared, reduce_over_ranks
-from moedist.phases.watch import dense_flops_per_token, moved_placements
-from moedist.placement import LayerPlan, Plan
+from moedist.phases.watch import dense_flops_per_token
+from moedist.placement import LayerPlan, Plan, moved_placements
 from moedist.timing import StepTimes, Traffic
 from tests.ranks import run_ranks
 
