@@ -28,6 +28,7 @@ from moedist.phases import PHASES, Run, check_methods
 from moedist.phases.run import Progress, weight_dtype
 from moedist.phases.train import Stopped, evaluate
 from moedist.placement import Plan, split_batch
+from moedist.routing import check_router
 from moedist.world import World, find_launch
 
 # What a run must share with the checkpoint it goes on from: with another value the weights or the position in the data
@@ -54,6 +55,7 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     config, dropped = for_ranks(config, size) if meta and meta["world_size"] != size else (config, [])
     check_config(config, size)
     check_methods(config)
+    check_router(config)
     check_deepspeed(config)
     written, notice = written_plan(config, size, meta)
     if dropped:

@@ -19,8 +19,6 @@ from moedist.routing import RouterInput, build_router
 from moedist.world import World
 from tests.model.expert_forms import expert_of, fill, forms_of
 
-AUX_WEIGHTS = {"balance_loss": 0.7, "z_loss": 0.3}
-
 
 @dataclass(frozen=True)
 class Case:
@@ -50,6 +48,7 @@ class Case:
     sharing: Sharing = Sharing()
     apart: bool = False  # rows stay in their island; every one has all experts
     aux: bool = True  # the router's own losses too
+    options: tuple[tuple[str, object], ...] = ()  # of the router
 
     def plan(self) -> LayerPlan:
         owners = tuple(o if isinstance(o, tuple) else (o,) for o in self.owners)
@@ -89,7 +88,8 @@ def run_case(world: World, case: Case, device: str = "cpu", dtype: torch.dtype =
     keys = torch.arange(total * case.sequence).view(total, case.sequence)
     x = x[mine].to(device, dtype).requires_grad_()
     y, report = layer(RouterInput(x, ids[mine].to(device), keys[mine].to(device), case.seed, case.training))
-    aux = sum(AUX_WEIGHTS[k] * v for k, v in report.aux_losses.items()) if case.aux else 0
+    weights = layer.router.loss_weights()
+    aux = sum(weights[k] * v for k, v in report.aux_losses.items()) if case.aux else 0
     loss = (y * probe.to(device, dtype)).sum() + aux
     loss.backward()
     expert_grads = bank.split_by_name(tuple(p.grad for p in bank.parameters()))
@@ -120,7 +120,8 @@ def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtyp
               for e in layout.local_experts}
     bank = build_bank(0, layout.local_experts, list(forms_of(stored).values()), case.width, case.activation, device, dtype)
     fill(bank, stored)
-    config = RouterConfig(name=case.router, capacity_factor=case.capacity_factor, bias_rate=0.1 if case.bias else 0.0)
+    config = RouterConfig(name=case.router, balance_loss=0.7, z_loss=0.3, capacity_factor=case.capacity_factor,
+                          bias_rate=0.1 if case.bias else 0.0, options=dict(case.options))
     router = build_router(case.width, experts, case.top_k, config, case.sequence)
     shared = FeedForward(case.width, case.shared, case.activation) if case.shared else None
     transport = build_transport(on_islands(world, case.islands))

@@ -50,7 +50,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _keys_help() -> str:
     from moedist.config import describe_keys
-    return f"\nconfiguration keys (section.key=default):\n{describe_keys()}\n"
+    from moedist.routing import describe_options
+    return (f"\nconfiguration keys (section.key=default):\n{describe_keys()}\n\n"
+            f"router.options, such as 'router.options={{threshold: 0.4}}':\n{describe_options()}\n")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -67,6 +69,8 @@ def _train(args: argparse.Namespace) -> None:
         check_config(config, ranks)
         from moedist.phases import check_methods
         check_methods(config)
+        from moedist.routing import check_router
+        check_router(config)
         from moedist.engine import check_deepspeed
         check_deepspeed(config)
         if config.data.source == "files":

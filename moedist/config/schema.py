@@ -106,6 +106,8 @@ class RouterConfig:
                                                  "(0: none is); expert_choice, soft_moe: rows it always takes "
                                                  "(null: switch 1.25, the others 0 and 1)")
     normalize: bool = key(True, "scale the K weights of a token to sum to one")
+    options: dict[str, Any] = key(dict, "values of the router's own, such as {threshold: 0.4} (those of every router are "
+                                        "listed at the end)")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class LayerReport:
         load_WE: rows every rank sent to every expert (CPU).
         rows_P, rows_W: rows that each placement (see `Layout`) and each rank computed.
         demand_E: rows that wanted each expert over all ranks, before capacity (CPU).
+        carried: what the router hands on to that of the next MoE layer.
     """
 
     aux_losses: dict[str, torch.Tensor]
@@ -40,6 +41,7 @@ class LayerReport:
     rows_P: torch.Tensor
     rows_W: list[int]
     demand_E: torch.Tensor
+    carried: torch.Tensor | None = None
 
 
 class MoELayer(nn.Module):
@@ -99,6 +101,8 @@ class MoELayer(nn.Module):
         named.close()
         if routed.mix_out is not None:
             y = routed.mix_out.to(y.dtype) @ y
+        if routed.direct_TD is not None:
+            y = y + routed.direct_TD.to(y.dtype).view_as(y)
         if shared is not None:
             if routed.shared_gate_T1 is not None:
                 shared = shared * routed.shared_gate_T1.to(shared.dtype).view(*x_GSD.shape[:2], 1)
@@ -107,4 +111,4 @@ class MoELayer(nn.Module):
         aux = dict(routed.aux_losses)
         if routed.prob_sum_E is not None:
             aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device))
-        return y, LayerReport(aux, routed.stats, loads.load_WE, loads.rows_P, loads.rows_W, demand_E)
+        return y, LayerReport(aux, routed.stats, loads.load_WE, loads.rows_P, loads.rows_W, demand_E, routed.carried)

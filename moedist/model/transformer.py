@@ -110,14 +110,15 @@ class Block(nn.Module):
         self.dropout = m.dropout
 
     def forward(self, x_GSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ids_GS: torch.Tensor,
-                keys_GS: torch.Tensor, seed: int) -> tuple[torch.Tensor, LayerReport | None]:
+                keys_GS: torch.Tensor, seed: int,
+                carried: torch.Tensor | None = None) -> tuple[torch.Tensor, LayerReport | None]:
         with region("dense"):
             x = x_GSD + self._drop(self.attention(self.attention_norm(x_GSD), cos, sin))
             normed, report = self.ffn_norm(x), None
         if isinstance(self.ffn, MoELayer):
             if torch.is_autocast_enabled(x.device.type):  # dispatch moves rows in the compute dtype
                 normed = normed.to(torch.get_autocast_dtype(x.device.type))
-            y, report = self.ffn(RouterInput(normed, ids_GS, keys_GS, seed, self.training))
+            y, report = self.ffn(RouterInput(normed, ids_GS, keys_GS, seed, self.training, carried))
         else:
             with region("dense"):
                 y = self.ffn(normed)
@@ -203,9 +204,9 @@ class Transformer(nn.Module):
         """([G, S, D] normalised hidden states, report of every MoE layer)."""
         x = self.embedding(batch.ids_GS)
         cos, sin = rotary_tables(x.shape[1], self.m.head, self.m.rope_base, x.device, x.dtype)
-        reports = {}
+        reports, carried = {}, None
         for i, block in enumerate(self.layers):
-            args = (x, cos, sin, batch.ids_GS, batch.keys_GS, mix_seeds(batch.seed, i))
+            args = (x, cos, sin, batch.ids_GS, batch.keys_GS, mix_seeds(batch.seed, i), carried)
             if self.m.recompute and self.training:
                 # without the early stop every rank repeats the same collectives, whatever it saved
                 with set_checkpoint_early_stop(False):
@@ -213,7 +214,7 @@ class Transformer(nn.Module):
             else:
                 x, report = block(*args)
             if report is not None:
-                reports[i] = report
+                reports[i], carried = report, report.carried
         return self.norm(x), reports
 
     def _initialise(self, seed: int) -> None:

@@ -39,6 +39,7 @@ METRICS: dict[str, Metric] = {
     "train/perplexity": Metric("", "tokens", "exp of train/loss"),
     "train/balance_loss": Metric("", "tokens", "1 at perfect balance, mean over layers"),
     "train/z_loss": Metric("", "tokens", "router z-loss, mean over layers"),
+    "train/router_loss": Metric("", "tokens", "other losses of the router, each times its weight, mean over layers"),
     "train/grad_norm": Metric("", "same", "global norm of dense and expert gradients before clipping"),
     "train/lr": Metric("", "same", "learning rate"),
     "train/tokens": Metric("tokens", "sum", "read since the start: the x-axis"),

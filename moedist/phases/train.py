@@ -23,7 +23,7 @@ from moedist.placement import split_batch
 from moedist.timing import StepTimes, region
 
 # summed over ranks once a step, in the collective of the gradient norm
-SUMS = ("loss", "balance_loss", "z_loss", "entropy", "dropped_rows", "stop", "save", "plan", "written")
+SUMS = ("loss", "balance_loss", "z_loss", "router_loss", "entropy", "dropped_rows", "stop", "save", "plan", "written")
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def train_step(run: Run) -> StepReport:
     with region("optimizer"):
         result = run.engine.step(lr, packed)
     for layer, moe in run.model.moe_layers():
-        if config.router.bias_rate:
-            moe.router.update_bias(demands[layer])
+        moe.router.after_step(demands[layer])
     progress.step += 1
     progress.phase_step += 1
     progress.sequences += t.batch
@@ -175,12 +174,16 @@ def _of_ranks(run: Run, rows_P: dict[int, torch.Tensor],
 def _weighted_aux(run: Run, reports: dict[int, LayerReport],
                   sums: dict[str, float | torch.Tensor]) -> torch.Tensor | float:
     """Weighted router losses of all layers, summed over local tokens; adds their values and statistics to `sums`."""
-    weights = {"balance_loss": run.config.router.balance_loss, "z_loss": run.config.router.z_loss}
     total: torch.Tensor | float = 0.0
-    for report in reports.values():
+    for layer, moe in run.model.moe_layers():
+        report, weights = reports[layer], moe.router.loss_weights()
         for name, value in report.aux_losses.items():
-            sums[name] = sums[name] + value.detach()
-            total = total + weights[name] * value
+            weighted = weights[name] * value
+            total = total + weighted
+            if name in sums:
+                sums[name] = sums[name] + value.detach()
+            else:  # a loss of this router's own
+                sums["router_loss"] = sums["router_loss"] + weighted.detach()
         for name, value in report.stats.items():
             sums[name] = sums[name] + value
     return total
@@ -222,6 +225,7 @@ def log_step(run: Run, report: StepReport) -> None:
             rows = sum(int(load.sum()) for load in report.loads.values())
             values |= {
                 "train/balance_loss": sums["balance_loss"] / tokens / layers, "train/z_loss": sums["z_loss"] / tokens / layers,
+                "train/router_loss": sums["router_loss"] / tokens / layers,
                 "moe/router_entropy": sums["entropy"] / tokens / layers,
                 "moe/dropped_fraction": sums["dropped_rows"] / max(rows + sums["dropped_rows"], 1)}
         run.record(values, f"step {step:>6}/{config.train_steps}  loss {loss:.4f}  lr {values['train/lr']:.2e}  "

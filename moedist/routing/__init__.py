@@ -3,7 +3,11 @@
 Pure: tensors in, tensors out. A router knows nothing of ranks, and gives the same answer however the batch is spread.
 """
 
-from moedist.config import RouterConfig
+import dataclasses
+
+import torch
+
+from moedist.config import Config, RouterConfig
 from moedist.routing.base import Assignment, Router, RouterInput
 from moedist.routing.expert_choice import ExpertChoiceRouter
 from moedist.routing.hash import HashRouter
@@ -34,5 +38,21 @@ def build_router(width: int, experts: int, top_k: int, config: RouterConfig, seq
     return ROUTERS[config.name](width, experts, top_k, config, sequence)
 
 
-__all__ = ["ROUTERS", "Assignment", "Router", "RouterInput", "balance_loss_sum", "build_router", "mix_seeds",
-           "most_trusted"]
+def describe_options() -> str:
+    """What `router.options` may hold, as text for `--help`, router by router."""
+    lines = []
+    for name, router in sorted(ROUTERS.items()):
+        for f in dataclasses.fields(router.Options):
+            lines.append(f"  {name}: {f.name}={getattr(router.Options(), f.name)}\n      {f.metadata['help']}")
+    return "\n".join(lines)
+
+
+def check_router(config: Config) -> None:
+    """Raise ConfigError where the router's options are unknown or do not go with the model; before any process starts."""
+    m = config.model
+    with torch.device("meta"):
+        build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
+
+
+__all__ = ["ROUTERS", "Assignment", "Router", "RouterInput", "balance_loss_sum", "build_router", "check_router",
+           "describe_options", "mix_seeds", "most_trusted"]

@@ -9,13 +9,16 @@ in the global batch), never of a process's random state.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, ClassVar, Mapping, Optional
 
 import torch
 from torch import nn
 
 from moedist.config import RouterConfig
+from moedist.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class RouterInput:
         keys_GS: int64 place of every token in the global batch, equal for any number of ranks.
         seed: changes with the step and the layer.
         training: False in evaluation and generation, where exploration noise is off.
+        carried: what the router of the MoE layer before has handed on, [T, any]; None in the first.
     """
 
     x_GSD: torch.Tensor
@@ -35,6 +39,7 @@ class RouterInput:
     keys_GS: torch.Tensor
     seed: int
     training: bool
+    carried: Optional[torch.Tensor] = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,12 @@ class Assignment:
         weights_N: float32 or float64; carries the router's gradient.
         demand_E: int64 rows each expert was wanted for, before capacity dropped any.
         prob_sum_E: router probabilities summed over local tokens, for the balance loss; None where the router has none.
-        aux_losses: name -> sum over local tokens of another loss, unweighted.
+        aux_losses: name -> sum over local tokens of another loss, unweighted (see `Router.loss_weights`).
         stats: name -> detached sum over local tokens, for metrics.
         mix_in, mix_out: Soft MoE, [G, M, S] and [G, S, M]: rows = mix_in @ x, y = mix_out @ rows.
         shared_gate_T1: factor of the shared experts' output.
+        direct_TD: added to the layer's output: what tokens get from experts that need no computing.
+        carried: for the router of the next MoE layer, [T, any].
     """
 
     token_ids_N: torch.Tensor
@@ -63,24 +70,76 @@ class Assignment:
     mix_in: Optional[torch.Tensor] = None
     mix_out: Optional[torch.Tensor] = None
     shared_gate_T1: Optional[torch.Tensor] = None
+    direct_TD: Optional[torch.Tensor] = None
+    carried: Optional[torch.Tensor] = None
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A router without values of its own."""
 
 
 class Router(nn.Module):
     """Base of all routers; a subclass gives `forward(RouterInput) -> Assignment`.
 
     Attributes:
+        Options: frozen dataclass of what `router.options` may hold; fields are made by `moedist.config.key`, with a meaning.
+        options: those of this router.
         causal: False where a token's route depends on later tokens of its sequence: perplexity is then optimistic, and
             generation differs from training.
     """
 
     causal = True
+    Options: ClassVar[type] = NoOptions
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
         super().__init__()
         self.width, self.experts, self.top_k, self.config, self.sequence = width, experts, top_k, config, sequence
+        self.options: Any = options_of(type(self), config)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError where E, K and the options do not go together, with the numbers and what to set instead."""
+
+    def loss_weights(self) -> dict[str, float]:
+        """What each of the losses in `Assignment.aux_losses`, and the balance loss, counts; a router with a loss of its own
+        adds that."""
+        return {"balance_loss": self.config.balance_loss, "z_loss": self.config.z_loss}
+
+    def after_step(self, demand_E: torch.Tensor) -> None:
+        """Called once after every optimizer step, on every rank alike, to update what is not learned by gradient.
+
+        Args:
+            demand_E: int64 rows that wanted each expert in that step, over all ranks (CPU).
+        """
 
     def extra_repr(self) -> str:
         return f"width={self.width}, experts={self.experts}, top_k={self.top_k}"
+
+
+def options_of(router: type[Router], config: RouterConfig) -> Any:
+    """`config.options` as the router's `Options`.
+
+    Raises:
+        ConfigError: an option that the router has not, with the nearest that it has.
+    """
+    names = [f.name for f in dataclasses.fields(router.Options)]
+    for name in config.options:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise ConfigError(f"router.options has {name!r}, which router {config.name} has not; "
+                              + (f"did you mean {near[0]!r}? (it has {', '.join(names)})" if near else "it has none"))
+    return _typed(router.Options, config.options)
+
+
+def _typed(options: type, values: Mapping[str, Any]) -> Any:
+    made = options(**values)
+    for f in dataclasses.fields(options):
+        default, value = getattr(options(), f.name), getattr(made, f.name)
+        number = isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if default is not None and not number and type(value) is not type(default):
+            raise ConfigError(f"router.options: {f.name} is {value!r}; give a value such as {default!r}")
+    return made
 
 
 def router_dtype(x: torch.Tensor) -> torch.dtype:

@@ -42,8 +42,8 @@ class TopKRouter(Router):
         return router_logits(inputs.x_GSD, self.weight)
 
     @torch.no_grad()
-    def update_bias(self, load_E: torch.Tensor) -> None:
-        """Move the bias one step towards equal loads, given the rows of every expert over all ranks."""
+    def after_step(self, demand_E: torch.Tensor) -> None:
+        """Move the bias one step towards equal loads."""
         if self.config.bias_rate:
-            load = load_E.to(self.bias)
+            load = demand_E.to(self.bias)
             self.bias += self.config.bias_rate * torch.sign(load.mean() - load)

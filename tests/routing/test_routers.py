@@ -1,13 +1,15 @@
 """What every router promises, and what each is for."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
 from moedist.config import RouterConfig
+from moedist.errors import ConfigError
 from moedist.model.initialise import fill_normal
-from moedist.routing import ROUTERS, RouterInput, balance_loss_sum, build_router
+from moedist.routing import ROUTERS, RouterInput, balance_loss_sum, build_router, describe_options
 from moedist.routing.base import within_capacity
 from moedist.routing.noise import hash_int, mix_seeds, normal, uniform
 
@@ -64,6 +66,14 @@ def test_gradients_match_finite_differences(name):
         return tuple(v for v in found if v is not None and v.requires_grad)
 
     assert torch.autograd.gradcheck(outputs, (x, *r.parameters()), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_unknown_options_are_refused_with_what_there_is(name):
+    with pytest.raises(ConfigError, match=f"'no_such'.*router {name} has not"):
+        router(name, options={"no_such": 1})
+    for f in dataclasses.fields(ROUTERS[name].Options):
+        assert f"{name}: {f.name}=" in describe_options() and f.metadata["help"]
 
 
 @pytest.mark.parametrize("name", ["topk", "shared_expert", "stochastic_topk"])
@@ -147,7 +157,7 @@ def test_bias_evens_out_loads():
     loads = []
     for _ in range(300):
         loads.append(r(inputs(x=x)).demand_E)
-        r.update_bias(loads[-1])
+        r.after_step(loads[-1])
     spread = [(load.max() - load.min()).item() for load in (loads[0], loads[-1])]
     assert spread[0] > 10 and spread[1] <= spread[0] / 2
     # the weights come from the unbiased scores
