@@ -1,6 +1,7 @@
 """Runs whose experts are put in few bits, as a user does it: evaluated and generated from on any number of ranks."""
 
 import json
+import math
 import re
 import shlex
 from pydoc_data.topics import topics
@@ -38,7 +39,7 @@ def loss_of(ranks, run, cache, *overrides) -> float:
 
 
 def test_made_on_two_ranks_read_on_others(run, cache, tmp_path):
-    said, low = made(2, run, cache, tmp_path, "--bits", "2", "--budget", "5.5", "--top-n", "1")
+    said, low = made(2, run, cache, tmp_path, "--bits", "2", "--budget", "5.5", "--top-n", "1", "train.eval_tokens=null")
     assert "bits a weight" in said and "fewer weights: " in said, "what CUR and few bits store together"
     told = json.loads((low / "lowbit-00000006.json").read_text())
     assert len(told["experts"]) == 16 and told["top_n"] == 1
@@ -48,6 +49,9 @@ def test_made_on_two_ranks_read_on_others(run, cache, tmp_path):
     assert 8 * (total - 4 * weights / 3 / 32) <= 5.5 * weights + 8, "in the budget, names of neurons beside it"
     assert any(e["bytes"] > e["weights"] // 4 for e in told["experts"])
     losses = [loss_of(ranks, low, cache) for ranks in (1, 2, 3)]
+    before, after = map(float, re.search(r"validation perplexity ([\d.]+) -> ([\d.]+)", said).groups())
+    assert math.log(after) == pytest.approx(losses[0], abs=1e-3)
+    assert math.log(before) == pytest.approx(loss_of(1, run, cache), abs=1e-3)
     assert max(losses) - min(losses) < 2e-4, losses
     ends = [loss_of(1, low, cache, f"lowbit.top_n={n}") for n in ("0", "2", "[1,1]")]
     assert ends[0] != losses[0] and ends[1] != losses[0] and ends[2] == losses[0]

@@ -12,13 +12,14 @@ import yaml
 from moedist.checkpoint import RunFolder, read_meta, save_checkpoint
 from moedist.compress import Beam, build_beam
 from moedist.config import Config, LowBitConfig, check_config, for_ranks, to_yaml
-from moedist.data import TrainStream, prepare_corpus
+from moedist.data import EvalStream, TrainStream, prepare_corpus
 from moedist.errors import CompressError
 from moedist.model import Transformer
 from moedist.monitor.table import table
 from moedist.phases.calibrate import Calibrations, Source, watch_experts
+from moedist.phases.evaluation import held_out_loss
 from moedist.phases.lowbit import LowSummary, low_banks, lower_experts, put_banks, refuse_factored
-from moedist.phases.restore import open_run
+from moedist.phases.restore import OpenedRun, open_run
 from moedist.phases.run import DTYPES
 from moedist.world import World, find_launch
 
@@ -90,8 +91,12 @@ def beam_run(run_folder: str, beam: Beam, top_n: int | list[int] | None = None, 
         model = opened.model
         refuse_factored(model, world)
         calibrations = watched(model, world, config, beam, tokens)
+        before = _perplexity(opened, world)
         compressed, summaries = lower_experts(model, world, calibrations, beam)
         put_banks(model, low_banks(model, compressed))
+        for layer, moe in model.moe_layers():
+            moe.restored = config.restored(layer)
+        after = _perplexity(opened, world)
         folder = RunFolder(world.broadcast_object(str(RunFolder.make(config.folder, config.name)) if world.is_main else None))
         if world.is_main:
             opened.tokenizer.save(folder.path)
@@ -102,8 +107,19 @@ def beam_run(run_folder: str, beam: Beam, top_n: int | list[int] | None = None, 
                     "experts": [dataclasses.asdict(s) for s in summaries]}
             (folder.path / f"lowbit-{opened.step:08d}.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
             print(report(summaries, config), flush=True)
+            if before is not None and after is not None:
+                print(f"validation perplexity {before:.2f} -> {after:.2f}, {after / before:.4f} of it", flush=True)
         save_checkpoint(folder, opened.step, model.named_state(), {**meta, "low_bits_of": str(old)}, world, 1)
         return folder
+
+
+def _perplexity(opened: OpenedRun, world: World) -> float | None:
+    """On the validation tokens that training reads; None where the text has no such split."""
+    config, valid = opened.config, prepare_corpus(opened.config.data).valid
+    if valid is None:
+        return None
+    stream = EvalStream(valid, config.data.sequence_length, config.train.eval_tokens)
+    return held_out_loss(opened.model, stream, world, DTYPES[config.train.dtype], max(config.train.batch, world.size)).perplexity
 
 
 def watched(model: Transformer, world: World, config: Config, beam: Beam, tokens: int) -> Calibrations:

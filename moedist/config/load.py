@@ -108,7 +108,8 @@ def _walk(cls: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]
 
 def describe_keys() -> str:
     """All keys as text for `--help`: dotted name, default, meaning."""
-    lines = []
+    lines: list[str] = []
+    plain: list[str] = []  # of no section
     defaults = Config()
     for name, f in _walk(Config):
         value: Any = defaults
@@ -117,8 +118,8 @@ def describe_keys() -> str:
         if dataclasses.is_dataclass(value):
             lines.append(f"\n{name}: {f.metadata['help']}")
         else:
-            lines.append(f"  {name}={json.dumps(value)}\n      {f.metadata['help']}")
-    return "\n".join(lines)
+            (lines if "." in name else plain).append(f"  {name}={json.dumps(value)}\n      {f.metadata['help']}")
+    return "\n".join([*plain, *lines])
 
 
 def describe_fields(cls: type) -> str:

@@ -188,8 +188,8 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class MonitorConfig:
     log_every: int = key(10, "steps between log lines")
-    output: str = key("auto", "what is printed: auto (a progress bar on a terminal, and lines), plain (lines), quiet (warnings "
-                              "and alerts), or json (one object a line)")
+    output: str = key("auto", "what is printed: auto (a progress bar on a terminal, and lines), plain (lines), quiet (warnings, "
+                              "alerts and how it ended), or json (one object a line)")
     layer_keys: int = key(64, "most metrics of single layers; with more layers, so many of them, evenly spread")
     wandb: str = key("auto", "auto (online with a key, else offline), online, offline or disabled")
     project: str = key("moedist", "Weights & Biases project")

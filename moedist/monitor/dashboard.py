@@ -14,7 +14,8 @@ X = "train/tokens"
 # section -> title of a panel -> its metrics; * stands for the ranks that get lines of their own
 SECTIONS: dict[str, dict[str, list[str]]] = {
     "Training": {"loss": ["train/loss", "valid/loss"], "perplexity": ["train/perplexity", "valid/perplexity"],
-                 "auxiliary losses": ["train/balance_loss", "train/z_loss"], "gradient norm": ["train/grad_norm"],
+                 "auxiliary losses": ["train/balance_loss", "train/z_loss", "train/router_loss"],
+                 "gradient norm": ["train/grad_norm"],
                  "learning rate": ["train/lr"], "skipped steps": ["train/skipped_steps"]},
     "Speed": {"tokens per second": ["perf/tokens_per_s", "perf/tokens_per_s_bound"], "step (ms)": ["perf/step_ms"],
               "model FLOP/s over measured peak": ["perf/mfu"], "expert time over the bound": ["perf/expert_over_bound"],

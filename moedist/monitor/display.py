@@ -16,26 +16,28 @@ def spoken(output: str, text: str) -> str | None:
     """A line for people as an output mode has it; None where it is not to be said."""
     if output == "json":
         return json.dumps({"text": text})
-    return text if output != "quiet" or text.startswith("warning") else None
+    return text if output != "quiet" or text.startswith(("warning", "done: ", "stopped by")) else None
 
 
 class Display:
     """One way to speak.
 
     Args:
-        output: auto (a bar on a terminal, beside the lines), plain (lines), quiet (warnings and alerts), json (one object a
+        output: auto (a bar on a terminal, beside the lines), plain (lines), quiet (warnings, alerts and how it ended), json (one object a
             line: {"metrics": ...}, {"text": ...} or {"alert": ...}).
         total, first: steps of the run, and where it goes on.
     """
 
     def __init__(self, output: str, total: int, first: int):
-        self.output, self.total, self._first, self._started = output, total, first, time.monotonic()
+        self.output, self.total = output, total
+        self._first, self._started = first, time.monotonic()
+        self._paced = False  # from the first step on, which is not like the others, as the start of a run is not
         self._bar: tqdm | None = None
         if output == "auto" and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, leave=False)
 
     def say(self, text: str) -> None:
-        """A line for people; when quiet, only what is a warning."""
+        """A line for people; when quiet, only warnings and how the run ended."""
         if (line := spoken(self.output, text)) is not None:
             self._print(line)
 
@@ -52,7 +54,9 @@ class Display:
                     else f"step {step:>6}  ALERT {kind}: {text}")
 
     def tick(self, step: int, phase: str, facts: Mapping[str, str]) -> None:
-        """Move the bar, if there is one: the phase before it, `facts` behind it."""
+        """A step is done. Move the bar, if there is one: the phase before it, `facts` behind it."""
+        if not self._paced:
+            self._first, self._started, self._paced = step, time.monotonic(), True
         if self._bar is not None:
             self._bar.set_description_str(phase, refresh=False)
             self._bar.set_postfix_str("  ".join(f"{name} {value}" for name, value in facts.items()), refresh=False)
@@ -63,9 +67,11 @@ class Display:
         return tqdm(**{**options, "disable": self.output != "auto" or not sys.stderr.isatty()})
 
     def eta(self, step: int) -> str:
-        """Time left at the mean pace so far, as h:mm:ss."""
+        """Time left at the mean pace since the first step, as h:mm:ss; ?:??:?? before the second."""
         done = step - self._first
-        left = (time.monotonic() - self._started) / max(done, 1) * (self.total - step)
+        if done <= 0:
+            return "?:??:??"
+        left = (time.monotonic() - self._started) / done * (self.total - step)
         return f"{int(left // 3600)}:{int(left // 60) % 60:02d}:{int(left) % 60:02d}"
 
     def close(self) -> None:

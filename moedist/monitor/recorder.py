@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -33,14 +34,15 @@ class Recorder:
 
     def __init__(self, config: Config, run: RunFolder, rank: int, total_steps: int, first_step: int = 0,
                  ranks: Sequence[str] = ()):
-        self.active, self.total, self.ranks, self._folder = rank == 0, total_steps, list(ranks), run
+        self.active, self.total, self.ranks = rank == 0, total_steps, list(ranks)
         self._tokens = config.train.batch * config.data.sequence_length
-        self._file = self._loads = self._wandb = self._display = None
+        self._file = self._loads = self._plans = self._wandb = self._display = None
         mode = wandb_mode(config.monitor)
         facts = {**origin(), "devices": self.ranks, "run_folder": str(run.path)}
         if self.active:
             self._display = Display(config.monitor.output, total_steps, first_step)
-            self._file, self._loads = (JsonLines(path, self.say) for path in (run.metrics_file, run.loads_file))
+            self._file, self._loads, self._plans = (JsonLines(path, self.say) for path in
+                                                    (run.metrics_file, run.loads_file, run.plans_file))
             if mode != "disabled":
                 self._wandb = WandbRun(config, run, mode, facts, self.say)
         elif config.monitor.wandb_ranks and mode != "disabled":
@@ -93,8 +95,7 @@ class Recorder:
     def record_plan(self, step: int, plan: Plan) -> None:
         """Add the plan in force to the run folder's list of plans."""
         if self.active:
-            with open(self._folder.plans_file, "a", encoding="utf-8") as file:
-                file.write(f'{{"step":{step},"plan":{plan.to_json()}}}\n')
+            self._plans.write({"step": step, "plan": json.loads(plan.to_json())}, separators=(",", ":"))
             if self._wandb is not None:
                 self._wandb.plan(step, plan)
 
@@ -122,7 +123,7 @@ class Recorder:
                 self._wandb.alert(alert.kind, alert.text, alert.fatal)
 
     def close(self) -> None:
-        for file in (self._file, self._loads):
+        for file in (self._file, self._loads, self._plans):
             if file is not None:
                 file.close()
         if self._display is not None:

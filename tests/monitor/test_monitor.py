@@ -15,6 +15,7 @@ import torch
 from moedist.checkpoint import RunFolder
 from moedist.config import Config, MonitorConfig
 from moedist.monitor import Alert, Recorder, traffic_metrics, traffic_sums
+from moedist.monitor.display import Display
 from moedist.monitor.metrics import is_declared
 from moedist.monitor.wandb_run import wandb_group, wandb_mode
 from moedist.timing import Traffic
@@ -61,10 +62,10 @@ def test_what_is_not_finite_is_null_in_json(tmp_path):
 
 
 @pytest.mark.parametrize("output, expected", [
-    ("plain", ["hello", "step 1: 2.5", "warning: low", "step      1  ALERT dead experts: two"]),
-    ("quiet", ["warning: low", "step      1  ALERT dead experts: two"]),
+    ("plain", ["hello", "step 1: 2.5", "warning: low", "step      1  ALERT dead experts: two", "done: 1 steps"]),
+    ("quiet", ["warning: low", "step      1  ALERT dead experts: two", "done: 1 steps"]),
     ("json", [{"text": "hello"}, {"step": 1, "metrics": {"train/loss": 2.5}}, {"text": "warning: low"},
-              {"step": 1, "alert": "dead experts", "text": "two"}])])
+              {"step": 1, "alert": "dead experts", "text": "two"}, {"text": "done: 1 steps"}])])
 def test_output_modes(tmp_path, capsys, output, expected):
     r = recorder(tmp_path, output=output)
     r.say("hello")
@@ -72,10 +73,27 @@ def test_output_modes(tmp_path, capsys, output, expected):
     r.tick(1, "train 1/1", {"loss": "2.500"})  # no bar where it is not a terminal
     r.say("warning: low")
     r.alert(1, Alert("dead experts", "two"))
+    r.say("done: 1 steps")
     lines = capsys.readouterr().out.splitlines()
     assert ([json.loads(line) for line in lines] if output == "json" else lines) == expected
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) == \
         {"step": 1, "alert": "dead experts", "text": "two"}
+
+
+def test_time_left_is_at_the_pace_since_the_first_step(tmp_path, monkeypatch):
+    """What comes before the second step (a start, a restore, the first step's warm-up) is no pace."""
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    display = Display("plain", total=110, first=100)
+    now += 500
+    display.tick(101, "train", {})
+    assert display.eta(101) == "?:??:??"
+    now += 60
+    display.tick(102, "train", {})
+    assert display.eta(102) == "0:08:00"
+    now += 90
+    display.tick(103, "train", {})
+    assert display.eta(103) == "0:08:45"
 
 
 def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
