@@ -12,23 +12,22 @@ from typing import Any, Mapping, Sequence
 
 from moedist.checkpoint import (DamagedCheckpoint, RunFolder, check_index, find_run, forms_of, load_checkpoint, mend, read_meta,
                                 set_aside)
-from moedist.config import Config, check_config, for_ranks, load_config, phases_override, to_yaml
+from moedist.config import Config, for_ranks, load_config, phases_override, to_yaml
 from moedist.coordinator import start_plan, written_plan
 from moedist.coordinator.facts import facts_to_json
 from moedist.coordinator.probe_machine import host_name
 from moedist.data import Corpus, EvalStream, TrainStream, prepare_corpus
 from moedist.dispatch import build_transport, describe_ways
-from moedist.engine import build_engine, check_deepspeed
+from moedist.engine import build_engine
 from moedist.errors import CheckpointError, DataError
 from moedist.links import check_links, link_test_wanted
 from moedist.milestones import passed
 from moedist.model import ExpertForm, Transformer
 from moedist.monitor import Recorder, spoken
-from moedist.phases import PHASES, Run, check_methods
+from moedist.phases import PHASES, Run, check_training
 from moedist.phases.run import Progress, weight_dtype
 from moedist.phases.train import Stopped, evaluate
 from moedist.placement import Plan, split_batch
-from moedist.routing import check_router
 from moedist.world import World, find_launch
 
 # What a run must share with the checkpoint it goes on from: with another value the weights or the position in the data
@@ -53,10 +52,7 @@ def train(config_path: str | None, overrides: Sequence[str] = (), resume: str | 
     size = find_launch().size
     meta = _newest_meta(folder) if folder else None
     config, dropped = for_ranks(config, size) if meta and meta["world_size"] != size else (config, [])
-    check_config(config, size)
-    check_methods(config)
-    check_router(config)
-    check_deepspeed(config)
+    check_training(config, size)
     written, notice = written_plan(config, size, meta)
     if dropped:
         notice = "; ".join([*([notice] if notice else []), f"left out, being for {meta['world_size']} ranks: {', '.join(dropped)}"])

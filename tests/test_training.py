@@ -175,7 +175,12 @@ def test_wrong_usage(cache, arguments, words):
 
 def test_check_refuses_before_ranks_start(cache):
     check = ["train", *QUICKSTART, "--check", "--ranks", "2"]
-    assert "fine for 2 rank(s)" in moedist(1, cache, *check).stdout
+    said = moedist(1, cache, *check).stdout
+    assert "fine for 2 rank(s)" in said and "warning" not in said
+    many = moedist(1, cache, *check[:-1], "40", "placement.counts=null", "placement.batch_shares=null").stdout
+    assert "fine for 40" in many and "40 ranks share 8 experts" in many and "sequences of a forward pass" in many
+    typo = moedist(1, cache, *check, "router.options={treshold: 1}", ok=False)
+    assert "'treshold', which router topk has not" in typo.stderr and "Traceback" not in typo.stderr
     done = moedist(1, cache, *check, "data.source=files", "data.path=/no/such/folder", ok=False)
     assert "/no/such/folder" in done.stderr and "Traceback" not in done.stderr
 

@@ -63,22 +63,19 @@ def _train(args: argparse.Namespace) -> None:
     if args.check and args.config is None:
         raise ConfigError("--check needs a configuration file")
     if args.check:
-        from moedist.config import check_config, load_config
+        from moedist.config import load_config
         from moedist.coordinator import written_plan
         config, ranks = load_config(args.config, args.overrides), args.ranks or _launched_ranks()
-        check_config(config, ranks)
-        from moedist.phases import check_methods
-        check_methods(config)
-        from moedist.routing import check_router
-        check_router(config)
-        from moedist.engine import check_deepspeed
-        check_deepspeed(config)
+        from moedist.phases import check_training
+        notices = check_training(config, ranks)
         if config.data.source == "files":
             from moedist.data import source_splits
             source_splits(config.data)  # refuses a missing path and a folder without text
         plan, _ = written_plan(config, ranks, None)
         print(f"{args.config} is fine for {ranks} rank(s); "
               + ("experts are placed as it says" if plan else "they will be measured, then planned for"))
+        for notice in notices:
+            print(f"warning: {notice}")
         return
     from moedist.trainer import train
     train(args.config, args.overrides, args.resume)

@@ -12,8 +12,9 @@ from typing import Mapping, Optional, Sequence
 
 import yaml
 
-from moedist.config import Config, check_config, load_config
+from moedist.config import Config, load_config
 from moedist.errors import ConfigError
+from moedist.phases import check_training
 from moedist.submit.check_task import CheckTask
 from moedist.submit.follow import follow, follow_file
 from moedist.submit.job_folder import Job, JobFolder
@@ -140,7 +141,7 @@ def _read(request: Request) -> tuple[Profile, list[Config]]:
     configs = []
     for own in request.each:
         configs.append(load_config(request.config, [*request.overrides, *own]))
-        check_config(configs[-1], tasks)
+        check_training(configs[-1], tasks)
     if len({config.name for config in configs} | {config.folder for config in configs}) > 2:
         raise ConfigError("the trainings of a sweep share name= and folder=; leave these two out of --each")
     return profile, configs
