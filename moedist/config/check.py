@@ -7,8 +7,8 @@ from moedist.config.schema import CompressConfig, Config
 from moedist.errors import ConfigError
 
 ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert", "top_p",
-           "null_experts", "deepseek_moe", "loss_free", "grouped", "group_limited", "sinkhorn", "comet", "dynmole", "progressive",
-           "sigma_moe")
+           "null_experts", "deepseek_moe", "loss_free", "grouped", "group_limited", "sinkhorn", "comet", "dynmole",
+           "progressive", "sigma_moe")
 WITH_BIAS = ("topk", "shared_expert", "deepseek_moe", "grouped", "progressive")
 METHODS = ("cur", "cur-hybrid", "interp", "cur-matrix", "svd", "svd-whitened", "svd-fisher", "prune-random",
            "prune-magnitude")
@@ -215,9 +215,9 @@ def _check_model(config: Config) -> None:
         raise ConfigError(f"router.name={r.name} has experts that see every token but model.shared_experts is 0; "
                           "set model.shared_experts=1")
     if r.bias_rate and r.name not in WITH_BIAS:
+        own = " (its own is update_rate in router.options)" if r.name in ("loss_free", "group_limited") else ""
         raise ConfigError(f"router.bias_rate={r.bias_rate} works with router.name={', '.join(WITH_BIAS)}, not {r.name}; set "
-                          "router.bias_rate=0"
-                          + (" (its own is in router.options: update_rate)" if r.name in ("loss_free", "group_limited") else ""))
+                          f"router.bias_rate=0{own}")
 
 
 def _check_phases(config: Config, world_size: int) -> None:

@@ -21,8 +21,8 @@ FIRST_TEMPERATURE, LAST_TEMPERATURE, SCALINGS = 1e-2, 1e-4, 20  # of the search,
 class CometOptions:
     gamma: float = key(1.0, "a split is soft where its score is within half of this of 0")
     entropy_loss: float = key(0.01, "weight of the entropy of leaves, which makes splits hard and tokens few experts'")
-    permutation_steps: int = key(100, "first steps, in which the places of experts at leaves are learned, and a token goes to all "
-                                      "experts (0: expert i is at leaf i)")
+    permutation_steps: int = key(100, "first steps, in which the places of experts at leaves are learned, and a token goes to "
+                                      "all experts (0: expert i is at leaf i)")
 
 
 class CometRouter(Router):
@@ -124,4 +124,4 @@ def leaf_reach(splits_TKN: torch.Tensor, leaves: int) -> torch.Tensor:
 def nearest_permutations(logits_KEE: torch.Tensor) -> torch.Tensor:
     """int64 [K, E]: for each matrix the permutation of largest sum, as the column of every row."""
     found = [linear_sum_assignment(matrix, maximize=True)[1] for matrix in logits_KEE.detach().double().cpu().numpy()]
-    return torch.tensor(found)
+    return torch.stack([torch.from_numpy(columns) for columns in found])

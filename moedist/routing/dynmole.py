@@ -24,9 +24,10 @@ class DynMoLEOptions:
 
 
 class DynMoLERouter(Router):
-    """Hybrid routing by Tsallis entropy (DynMoLE, Li et al. 2025, arXiv 2504.00661, section 3): S_q(p) = (1 - sum p^q) / (q - 1)
-    of a token's probabilities; from `threshold` on it goes to all experts (soft routing), below it to the best that reach
-    `top_p`, and to K at least. The mean of S_q is a loss, beside the balance loss.
+    """Hybrid routing by Tsallis entropy (DynMoLE, Li et al. 2025, arXiv 2504.00661, section 3).
+
+    S_q(p) = (1 - sum p^q) / (q - 1) of a token's probabilities; from `threshold` on it goes to all experts (soft routing), below
+    it to the best that reach `top_p`, and to K at least. The mean of S_q is a loss, beside the balance loss.
 
     Made for LoRA experts, where all experts cost little; here a token of all experts is E rows. An early router is unsure of
     nearly every token, and planning reckons with that.
@@ -41,8 +42,8 @@ class DynMoLERouter(Router):
     def check(self) -> None:
         o = self.options
         if o.index <= 0 or not 0 < o.top_p <= 1 or o.entropy_loss < 0:
-            raise ConfigError(f"router.options: index is {o.index:g} (above 0), top_p {o.top_p:g} (above 0, up to 1), entropy_loss "
-                              f"{o.entropy_loss:g} (0 or more); one of them is out of its range")
+            raise ConfigError(f"router.options: index is {o.index:g} (above 0), top_p {o.top_p:g} (above 0, up to 1), "
+                              f"entropy_loss {o.entropy_loss:g} (0 or more); one of them is out of its range")
 
     def loss_weights(self) -> dict[str, float]:
         return super().loss_weights() | {"entropy_loss": self.options.entropy_loss}

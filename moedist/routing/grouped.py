@@ -29,8 +29,8 @@ class GroupedRouter(TopKRouter):
     def check(self) -> None:
         group_size(self.experts, self.options.groups)
         if self.top_k % self.options.groups:
-            raise ConfigError(f"router.options: groups is {self.options.groups}, but a token's {self.top_k} experts (model.top_k) "
-                              "cannot be as many from each; set model.top_k to a multiple of the groups")
+            raise ConfigError(f"router.options: groups is {self.options.groups}, but a token's {self.top_k} experts "
+                              "(model.top_k) cannot be as many from each; set model.top_k to a multiple of the groups")
 
     def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
         groups = self.options.groups

@@ -40,8 +40,8 @@ class LossFreeRouter(Router):
     def check(self) -> None:
         o = self.options
         if o.update_rate < 0 or o.sequence_loss < 0:
-            raise ConfigError(f"router.options: update_rate is {o.update_rate:g} and sequence_loss {o.sequence_loss:g}; both must "
-                              "be 0 or more")
+            raise ConfigError(f"router.options: update_rate is {o.update_rate:g} and sequence_loss {o.sequence_loss:g}; both "
+                              "must be 0 or more")
 
     def loss_weights(self) -> dict[str, float]:
         return super().loss_weights() | {"sequence_loss": self.options.sequence_loss}

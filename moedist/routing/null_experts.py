@@ -27,7 +27,8 @@ class NullExpertsRouter(Router):
     residual alone.
 
     The balance loss is theirs: null experts, being all the same, count by their mean load, so that a token is free to take
-    many or none. Loads are those of a sequence, not of the batch: ranks tell each other only how often true experts are chosen.
+    many or none. Loads are those of a sequence, not of the batch: ranks tell each other only how often true experts are
+    chosen.
     """
 
     Options = NullOptions
@@ -40,8 +41,8 @@ class NullExpertsRouter(Router):
 
     def check(self) -> None:
         if self.options.null_experts < 0:
-            raise ConfigError(f"router.options: null_experts is {self.options.null_experts}; give 1 or more, or 0 for as many as "
-                              f"there are experts ({self.experts})")
+            raise ConfigError(f"router.options: null_experts is {self.options.null_experts}; give 1 or more, or 0 for as many "
+                              f"as there are experts ({self.experts})")
 
     def most_rows_per_token(self) -> float:
         return float(min(self.choices, self.experts))

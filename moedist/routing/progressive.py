@@ -20,8 +20,8 @@ class ProgressiveOptions:
 
 class ProgressiveRouter(TopKRouter):
     """Progressive sparsification as in Sigma-MoE-Tiny (Hu et al. 2025, arXiv 2512.16248): more experts a token early in
-    training, K later, since a balance loss fails in very sparse layers that start so. They begin with more in their lowest layers
-    alone; here every layer with experts does, and the number falls evenly over `steps`.
+    training, K later, since a balance loss fails in very sparse layers that start so. It is the lower layers where they saw that;
+    here every layer with experts does it, and the number falls evenly over `steps`.
 
     Steps done are state of the model, saved with it: an evaluation routes as training does at that step.
     """
@@ -35,14 +35,15 @@ class ProgressiveRouter(TopKRouter):
     def check(self) -> None:
         o = self.options
         if o.start and not self.top_k <= o.start <= self.experts or o.steps < 1:
-            raise ConfigError(f"router.options: start is {o.start} and steps {o.steps}; start with {self.top_k} (model.top_k) to "
-                              f"{self.experts} (model.experts) experts, or 0 for all, in 1 step or more")
+            raise ConfigError(f"router.options: start is {o.start} and steps {o.steps}; start with {self.top_k} (model.top_k) "
+                              f"to {self.experts} (model.experts) experts, or 0 for all, in 1 step or more")
 
     def most_rows_per_token(self) -> float:
         return float(self.options.start or self.experts)
 
     def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
-        return scores_TE.topk(experts_at(int(self.steps), self.options.start or self.experts, self.top_k, self.options.steps)).indices
+        now = experts_at(int(self.steps), self.options.start or self.experts, self.top_k, self.options.steps)
+        return scores_TE.topk(now, dim=-1).indices
 
     @torch.no_grad()
     def after_step(self, demand_E: torch.Tensor) -> None:

@@ -27,8 +27,8 @@ class SinkhornOptions:
 
 class SinkhornRouter(Router):
     """Selective Sinkhorn routing (Nguyen et al. 2025, arXiv 2511.08972): tokens go to experts by an optimal transport plan in
-    a part of the training steps, and by top-k softmax in all others and in evaluation. The weights of a balanced step are those
-    of the plan, so that its gradient reaches the router; there is no balance loss. With `fraction=1` it is the Sinkhorn
+    a part of the training steps, and by top-k softmax in all others and in evaluation. The weights of a balanced step are
+    those of the plan, so that its gradient reaches the router; there is no balance loss. With `fraction=1` it is the Sinkhorn
     routing of Clark et al. 2022 (arXiv 2202.01169, section 3 and appendix), who have the BASE layer (Lewis et al. 2021, arXiv
     2103.16716) as the limit of a small temperature.
 

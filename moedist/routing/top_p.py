@@ -42,7 +42,7 @@ class TopPRouter(Router):
         return super().loss_weights() | {"entropy_loss": self.options.entropy_loss}
 
     def most_rows_per_token(self) -> float:
-        return float(min(self.experts, int(self.options.threshold * self.experts) + 1))  # where all experts are alike
+        return min(self.experts, self.options.threshold * self.experts + 1)  # where all experts are alike
 
     def forward(self, inputs: RouterInput) -> Assignment:
         logits_TE = router_logits(inputs.x_GSD, self.weight)

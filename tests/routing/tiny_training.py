@@ -54,7 +54,7 @@ def config_of(name: str, folder: Path, **train: Any) -> Config:
                  "cache": str(folder / "cache")},
         "model": {**model, **given.get("model", {})},
         "router": {"name": name, **given.get("router", {})},
-        "placement": {"counts": [8], "batch_shares": [1]},
+        "placement": {"planner": "equal"},
         # a small epsilon would let Adam turn rounding noise into whole steps
         "train": {"batch": 8, "dtype": "float64", "lr": 1e-2, "eps": 1e-5, "warmup_steps": 4, "schedule": "constant",
                   "weight_decay": 0.0, **train},
