@@ -13,8 +13,8 @@ from moedist.errors import ConfigError
 from moedist.routing.base import Assignment, Router, RouterInput, entropy_sum, router_logits, rows_of_tokens
 from moedist.routing.sinkhorn import transport_plan
 
-NOTHING = 1e-5  # weights below it are not sent
-FIRST_TEMPERATURE, LAST_TEMPERATURE, SCALINGS = 1e-2, 1e-4, 20  # of the search, for logits of the usual initial size
+NOTHING = 2**-24  # rows of less weight, which float32 would round away beside the others, are not sent
+FIRST_TEMPERATURE, LAST_TEMPERATURE, SCALINGS = 1e-1, 1e-2, 20  # of the search, for logits of the usual initial size
 
 
 @dataclass(frozen=True)

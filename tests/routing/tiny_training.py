@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from moedist.config import Config, check_config, config_from_dict
+from moedist.coordinator import written_plan
+from moedist.phases import Run
 from moedist.phases.train import train_step
 from moedist.routing import check_router
 from moedist.routing.noise import hash_int
-from moedist.trainer import build_run, written_plan
+from moedist.trainer import build_run, resumed_run
 from moedist.world import World
 from tests.routing.settings import options_of
 
@@ -65,19 +67,28 @@ def config_of(name: str, folder: Path, **train: Any) -> Config:
     return config
 
 
-def losses(name: str, folder: Path, frozen: bool = False, steps: int = STEPS) -> list[float]:
+def losses(name: str, folder: Path, frozen: bool = False, resume_after: int | None = None) -> list[float]:
     """Loss per token of every step.
 
     Args:
         frozen: routers and experts stay as they were initialised; all else learns.
+        resume_after: after so many steps, go on from a checkpoint.
     """
     config = config_of(name, folder, **({"expert_lr_ratio": 1e-30} if frozen else {}))
     run = build_run(config, World(), written_plan(config, 1, None)[0])
-    run.model.train()
     if frozen:
         for _, layer in run.model.moe_layers():
             layer.router.requires_grad_(False)
-    tokens = config.train.batch * config.data.sequence_length
+    if resume_after is None:
+        return _train(run, STEPS)
+    first = _train(run, resume_after)
+    run.save()
+    return first + _train(resumed_run(config, World(), run.folder), STEPS - resume_after)
+
+
+def _train(run: Run, steps: int) -> list[float]:
+    tokens = run.config.train.batch * run.config.data.sequence_length
+    run.model.train()
     try:
         return [train_step(run).sums["loss"] / tokens for _ in range(steps)]
     finally:
