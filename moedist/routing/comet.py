@@ -88,7 +88,8 @@ class CometRouter(Router):
         if training and done == last - 1:  # here, not after the step: ZeRO-3 has all of a weight only while it is used
             self.permutation.copy_(nearest_permutations(self.place_logits))
         places_KEE = transport_plan(self.place_logits.to(parts_TKE) / temperature, SCALINGS)
-        return torch.einsum("tkl,kle->te", parts_TKE, places_KEE)
+        with torch.autocast(parts_TKE.device.type, enabled=False):
+            return parts_TKE.flatten(1) @ places_KEE.flatten(0, 1)
 
     @torch.no_grad()
     def after_step(self, demand_E: torch.Tensor) -> None:

@@ -73,6 +73,19 @@ def test_gradients_match_finite_differences(name, one_thread):
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_low_precision_changes_no_route(name):
+    r, i = router(name, **({"options": {"permutation_steps": 9}} if name == "comet" else {})).float(), inputs()
+    i = dataclasses.replace(i, x_GSD=i.x_GSD.float())
+    plain = r(i)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = r(i)
+    assert low.weights_N.dtype == torch.float32 and torch.equal(low.weights_N, plain.weights_N)
+    assert torch.equal(low.expert_ids_N, plain.expert_ids_N)
+    for loss, expected in zip(low.aux_losses.values(), plain.aux_losses.values()):
+        assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_unknown_options_are_refused_with_what_there_is(name):
     with pytest.raises(ConfigError, match=f"'no_such'.*router {name} has not"):
         router(name, options={"no_such": 1})
