@@ -6,7 +6,10 @@ from moedist.config.load import compress_config
 from moedist.config.schema import CompressConfig, Config
 from moedist.errors import ConfigError
 
-ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert")
+ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert", "top_p",
+           "null_experts", "deepseek_moe", "loss_free", "grouped", "group_limited", "sinkhorn", "comet", "dynmole",
+           "progressive", "sigma_moe")
+WITH_BIAS = ("topk", "shared_expert", "deepseek_moe", "grouped", "progressive")
 METHODS = ("cur", "cur-hybrid", "interp", "cur-matrix", "svd", "svd-whitened", "svd-fisher", "prune-random",
            "prune-magnitude")
 BUDGETS = ("global", "uniform", "frequency")
@@ -208,12 +211,13 @@ def _check_model(config: Config) -> None:
     if r.name == "switch" and m.top_k != 1:
         raise ConfigError(f"router.name=switch sends a token to one expert but model.top_k is {m.top_k}; "
                           "set model.top_k=1 or router.name=topk")
-    if r.name == "shared_expert" and m.shared_experts < 1:
-        raise ConfigError("router.name=shared_expert gates a shared expert but model.shared_experts is 0; "
+    if r.name in ("shared_expert", "deepseek_moe") and m.shared_experts < 1:
+        raise ConfigError(f"router.name={r.name} has experts that see every token but model.shared_experts is 0; "
                           "set model.shared_experts=1")
-    if r.bias_rate and r.name not in ("topk", "shared_expert"):
-        raise ConfigError(f"router.bias_rate={r.bias_rate} works with router.name=topk and shared_expert, "
-                          f"not {r.name}; set router.bias_rate=0")
+    if r.bias_rate and r.name not in WITH_BIAS:
+        own = " (its own is update_rate in router.options)" if r.name in ("loss_free", "group_limited") else ""
+        raise ConfigError(f"router.bias_rate={r.bias_rate} works with router.name={', '.join(WITH_BIAS)}, not {r.name}; set "
+                          f"router.bias_rate=0{own}")
 
 
 def _check_phases(config: Config, world_size: int) -> None:

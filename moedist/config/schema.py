@@ -96,14 +96,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    name: str = key("topk", "random, topk, switch, stochastic_topk, expert_choice, soft_moe, hash or shared_expert")
+    name: str = key("topk", "random, topk, switch, stochastic_topk, expert_choice, soft_moe, hash, shared_expert, top_p, "
+                            "null_experts, deepseek_moe, loss_free, grouped, group_limited, sinkhorn, comet, dynmole, "
+                            "progressive or sigma_moe")
     balance_loss: float = key(0.01, "weight of the load-balancing loss (loads counted over all ranks)")
     z_loss: float = key(0.001, "weight of the router z-loss")
-    bias_rate: float = key(0.0, "step of the auxiliary-loss-free balancing bias (0: off; 0.001 is usual; topk and "
-                                "shared_expert)")
-    capacity_factor: Optional[float] = key(None, "rows an expert takes of one sequence, over the even share; topk, "
-                                                 "switch, stochastic_topk, shared_expert: rows above it are dropped "
-                                                 "(0: none is); expert_choice, soft_moe: rows it always takes "
+    bias_rate: float = key(0.0, "step of the auxiliary-loss-free balancing bias (0: off; 0.001 is usual; topk, "
+                                "shared_expert, deepseek_moe, grouped and progressive)")
+    capacity_factor: Optional[float] = key(None, "rows an expert takes of one sequence, over the even share; "
+                                                 "expert_choice, soft_moe: rows it always takes; all others: rows above "
+                                                 "it are dropped (0: none is) "
                                                  "(null: switch 1.25, the others 0 and 1)")
     normalize: bool = key(True, "scale the K weights of a token to sum to one")
     options: dict[str, Any] = key(dict, "values of the router's own, such as {threshold: 0.4} (those of every router are "

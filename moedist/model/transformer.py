@@ -24,7 +24,7 @@ from moedist.model.forms import ExpertForm
 from moedist.model.initialise import fill_normal
 from moedist.model.moe import LayerReport, MoELayer
 from moedist.placement import Plan
-from moedist.routing import RouterInput, build_router, mix_seeds
+from moedist.routing import RouterInput, build_router, mix_seeds, router_of
 from moedist.timing import Meter, region
 
 
@@ -150,7 +150,8 @@ class Transformer(nn.Module):
         self.banks: dict[int, Bank] = _Hidden()
         blocks = []
         # a row of Soft MoE mixes tokens for one expert
-        sharing = choose_sharing(config.dispatch, transport, 1 if config.router.name == "soft_moe" else m.top_k)
+        rows_per_token = 1.0 if config.router.name == "soft_moe" else router_of(config).most_rows_per_token()
+        sharing = choose_sharing(config.dispatch, transport, rows_per_token)
         for i in range(m.layers):
             if i in config.moe_layers():
                 layout = Layout(plan.layer(i), transport.rank, transport.world_size, getattr(transport, "islands", ()))

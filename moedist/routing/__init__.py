@@ -9,15 +9,26 @@ import torch
 
 from moedist.config import Config, RouterConfig
 from moedist.routing.base import Assignment, Router, RouterInput
+from moedist.routing.comet import CometRouter
+from moedist.routing.deepseek_moe import DeepSeekMoERouter
+from moedist.routing.dynmole import DynMoLERouter
 from moedist.routing.expert_choice import ExpertChoiceRouter
+from moedist.routing.group_limited import GroupLimitedRouter
+from moedist.routing.grouped import GroupedRouter
 from moedist.routing.hash import HashRouter
+from moedist.routing.loss_free import LossFreeRouter
 from moedist.routing.losses import balance_loss_sum
 from moedist.routing.noise import mix_seeds
+from moedist.routing.null_experts import NullExpertsRouter
+from moedist.routing.progressive import ProgressiveRouter
 from moedist.routing.random import RandomRouter
 from moedist.routing.shared_expert import SharedExpertRouter
+from moedist.routing.sigma_moe import SigmaMoERouter
+from moedist.routing.sinkhorn import SinkhornRouter
 from moedist.routing.soft_moe import SoftMoERouter
 from moedist.routing.stochastic_topk import StochasticTopKRouter
 from moedist.routing.switch import SwitchRouter
+from moedist.routing.top_p import TopPRouter
 from moedist.routing.topk import TopKRouter
 from moedist.routing.trust import most_trusted
 
@@ -30,12 +41,34 @@ ROUTERS: dict[str, type[Router]] = {
     "soft_moe": SoftMoERouter,
     "hash": HashRouter,
     "shared_expert": SharedExpertRouter,
+    "top_p": TopPRouter,
+    "null_experts": NullExpertsRouter,
+    "deepseek_moe": DeepSeekMoERouter,
+    "loss_free": LossFreeRouter,
+    "grouped": GroupedRouter,
+    "group_limited": GroupLimitedRouter,
+    "sinkhorn": SinkhornRouter,
+    "comet": CometRouter,
+    "dynmole": DynMoLERouter,
+    "progressive": ProgressiveRouter,
+    "sigma_moe": SigmaMoERouter,
 }
 
 
 def build_router(width: int, experts: int, top_k: int, config: RouterConfig, sequence: int) -> Router:
     """The router called `config.name` for training sequences of `sequence` tokens, weights not yet initialised."""
     return ROUTERS[config.name](width, experts, top_k, config, sequence)
+
+
+def router_of(config: Config) -> Router:
+    """The router of a layer without memory for its weights, to ask what it needs.
+
+    Raises:
+        ConfigError: its options are unknown or do not go with the model.
+    """
+    m = config.model
+    with torch.device("meta"):
+        return build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
 
 
 def describe_options() -> str:
@@ -49,10 +82,8 @@ def describe_options() -> str:
 
 def check_router(config: Config) -> None:
     """Raise ConfigError where the router's options are unknown or do not go with the model; before any process starts."""
-    m = config.model
-    with torch.device("meta"):
-        build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
+    router_of(config)
 
 
 __all__ = ["ROUTERS", "Assignment", "Router", "RouterInput", "balance_loss_sum", "build_router", "check_router",
-           "describe_options", "mix_seeds", "most_trusted"]
+           "describe_options", "mix_seeds", "most_trusted", "router_of"]

@@ -113,6 +113,14 @@ class Router(nn.Module):
             demand_E: int64 rows that wanted each expert in that step, over all ranks (CPU).
         """
 
+    def most_rows_per_token(self) -> float:
+        """Rows of a batch over its tokens, at most: for memory."""
+        return float(self.top_k)
+
+    def expected_rows_per_token(self) -> float:
+        """The same once loads are balanced and whatever is scheduled is over: for planning."""
+        return float(self.top_k)
+
     def extra_repr(self) -> str:
         return f"width={self.width}, experts={self.experts}, top_k={self.top_k}"
 
@@ -173,11 +181,15 @@ def demand(expert_ids: torch.Tensor, experts: int) -> torch.Tensor:
     return torch.bincount(expert_ids.flatten(), minlength=experts)
 
 
-def within_capacity(expert_ids_GSK: torch.Tensor, experts: int, capacity: int) -> torch.Tensor:
+def within_capacity(expert_ids_GSK: torch.Tensor, experts: int, capacity: int,
+                    wanted_GSK: torch.Tensor | None = None) -> torch.Tensor:
     """Which rows fit when an expert takes at most `capacity` rows of one sequence.
 
     First choices are served before second ones, earlier tokens before later ones (GShard, Lepikhin et al. 2020, arXiv
     2006.16668, algorithm 1, with one sequence as the group).
+
+    Args:
+        wanted_GSK: rows that are there at all; None: all.
 
     Returns:
         bool [G, S, K].
@@ -185,27 +197,48 @@ def within_capacity(expert_ids_GSK: torch.Tensor, experts: int, capacity: int) -
     g, s, k = expert_ids_GSK.shape
     served = expert_ids_GSK.transpose(1, 2).reshape(g, k * s)  # all first choices, then all second choices
     one_hot = torch.nn.functional.one_hot(served, experts)
+    if wanted_GSK is not None:
+        one_hot = one_hot * wanted_GSK.transpose(1, 2).reshape(g, k * s, 1)
     place = (one_hot.cumsum(1) - 1).gather(2, served.unsqueeze(2)).squeeze(2)
-    return (place < capacity).view(g, k, s).transpose(1, 2)
+    fits_GSK = (place < capacity).view(g, k, s).transpose(1, 2)
+    return fits_GSK if wanted_GSK is None else fits_GSK & wanted_GSK
 
 
-def even_share(sequence: int, top_k: int, experts: int, factor: float) -> int:
+def even_share(sequence: int, top_k: float, experts: int, factor: float) -> int:
     """Rows of one sequence per expert at capacity factor `factor`: ceil(factor * S * K / E), at least 1."""
     return max(1, -int(-factor * sequence * top_k // experts))
 
 
 def rows_of_tokens(inputs: RouterInput, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: int,
-                   capacity_factor: float, **more) -> Assignment:
-    """The assignment of token-choice routing: every token goes to its K experts, less what capacity drops."""
+                   capacity_factor: float, wanted_TK: torch.Tensor | None = None, per_token: float | None = None,
+                   **more) -> Assignment:
+    """The assignment of token-choice routing: every token goes to its K experts, less what capacity drops.
+
+    Args:
+        expert_ids_TK: best first.
+        wanted_TK: where tokens go to various numbers of experts, which of the K are meant; None: all.
+        per_token: rows of a token on average, of which capacity is the even share; None: K.
+        more: the other fields of the assignment.
+    """
     g, s = inputs.vocab_ids_GS.shape
     t, k = expert_ids_TK.shape
     token_ids_TK = torch.arange(t, device=expert_ids_TK.device).unsqueeze(1).expand(t, k)
-    wanted = demand(expert_ids_TK, experts)
     flat = (token_ids_TK, expert_ids_TK, weights_TK)
     stats = dict(more.pop("stats", {}))
+    keep_TK, wanted = wanted_TK, expert_ids_TK if wanted_TK is None else expert_ids_TK[wanted_TK]
     if capacity_factor > 0:
-        capacity = even_share(s, k, experts, capacity_factor)
-        keep_TK = within_capacity(expert_ids_TK.view(g, s, k), experts, capacity).reshape(t, k)
+        capacity = even_share(s, k if per_token is None else per_token, experts, capacity_factor)
+        keep_TK = within_capacity(expert_ids_TK.view(g, s, k), experts, capacity,
+                                  None if wanted_TK is None else wanted_TK.view(g, s, k)).reshape(t, k)
+        stats["dropped_rows"] = wanted.numel() - keep_TK.sum()
+    if keep_TK is not None:
         flat = tuple(v[keep_TK] for v in flat)
-        stats["dropped_rows"] = (~keep_TK).sum()
-    return Assignment(*(v.reshape(-1) for v in flat), demand_E=wanted, stats=stats, **more)
+    return Assignment(*(v.reshape(-1) for v in flat), demand_E=demand(wanted, experts), stats=stats, **more)
+
+
+def scaled_to_one(weights_TK: torch.Tensor, wanted_TK: torch.Tensor | None = None) -> torch.Tensor:
+    """Weights over their sum in each token; those that are not wanted become 0, and a token with none keeps zeros."""
+    if wanted_TK is not None:
+        weights_TK = weights_TK * wanted_TK
+        return weights_TK / (weights_TK.sum(-1, keepdim=True) + (~wanted_TK.any(-1, keepdim=True)))
+    return weights_TK / weights_TK.sum(-1, keepdim=True)

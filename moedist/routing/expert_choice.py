@@ -24,12 +24,21 @@ class ExpertChoiceRouter(Router):
         super().__init__(width, experts, top_k, config, sequence)
         self.weight = nn.Parameter(torch.empty(experts, width))
 
+    def most_rows_per_token(self) -> float:
+        return self.expected_rows_per_token()
+
+    def expected_rows_per_token(self) -> float:
+        return self._taken(self.sequence) * self.experts / self.sequence
+
+    def _taken(self, s: int) -> int:
+        """Tokens that an expert takes of a sequence of s."""
+        return min(s, even_share(s, self.top_k, self.experts, self.config.capacity_factor or 1.0))
+
     def forward(self, inputs: RouterInput) -> Assignment:
         g, s, _ = inputs.x_GSD.shape
         logits_TE = router_logits(inputs.x_GSD, self.weight)
         probs_TE = logits_TE.softmax(-1)
-        taken = min(s, even_share(s, self.top_k, self.experts, self.config.capacity_factor or 1.0))
-        weights_GCE, places_GCE = probs_TE.view(g, s, self.experts).topk(taken, dim=1)
+        weights_GCE, places_GCE = probs_TE.view(g, s, self.experts).topk(self._taken(s), dim=1)
         starts_G11 = torch.arange(g, device=logits_TE.device).view(g, 1, 1) * s
         token_ids, by_token = (places_GCE + starts_G11).reshape(-1).sort(stable=True)
         experts = torch.arange(self.experts, device=logits_TE.device).expand_as(places_GCE).reshape(-1)[by_token]

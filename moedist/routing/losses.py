@@ -1,4 +1,4 @@
-"""Load-balancing loss over the global batch."""
+"""Load-balancing losses, over the global batch and within a sequence."""
 
 from __future__ import annotations
 
@@ -19,3 +19,18 @@ def balance_loss_sum(prob_sum_E: torch.Tensor, global_demand_E: torch.Tensor) ->
     total = global_demand_E.sum().clamp(min=1)
     fraction_E = global_demand_E.to(prob_sum_E) / total
     return prob_sum_E.numel() * (fraction_E * prob_sum_E).sum()
+
+
+def sequence_balance_loss_sum(probs_GSE: torch.Tensor, chosen_GSE: torch.Tensor) -> torch.Tensor:
+    """Sum over sequences of S * E * sum_e f_e * P_e, with f and P of the sequence alone, so that ranks need not talk.
+
+    The complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, eq. 17-20): f_e is the share of the sequence's
+    rows that choose e, P_e the mean of its probability; 1 a token at perfect balance. f has no gradient.
+
+    Args:
+        probs_GSE: each token's, summing to one.
+        chosen_GSE: bool, or a share of a choice.
+    """
+    fraction_GE = chosen_GSE.to(probs_GSE).sum(1)
+    fraction_GE = fraction_GE / fraction_GE.sum(1, keepdim=True).clamp(min=1)
+    return probs_GSE.shape[2] * (fraction_GE.detach() * probs_GSE.sum(1)).sum()

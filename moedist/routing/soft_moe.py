@@ -24,6 +24,12 @@ class SoftMoERouter(Router):
         self.slots = even_share(sequence, top_k, experts, config.capacity_factor or 1.0)
         self.weight = nn.Parameter(torch.empty(experts * self.slots, width))
 
+    def most_rows_per_token(self) -> float:
+        return self.expected_rows_per_token()
+
+    def expected_rows_per_token(self) -> float:
+        return self.slots * self.experts / self.sequence
+
     def forward(self, inputs: RouterInput) -> Assignment:
         g, s, _ = inputs.x_GSD.shape
         slots, m = self.slots, self.slots * self.experts

@@ -7,7 +7,7 @@ from torch import nn
 
 from moedist.config import RouterConfig
 from moedist.routing.base import (
-    Assignment, Router, RouterInput, entropy_sum, router_logits, rows_of_tokens, z_loss,
+    Assignment, Router, RouterInput, entropy_sum, router_logits, rows_of_tokens, scaled_to_one, z_loss,
 )
 
 
@@ -28,10 +28,10 @@ class TopKRouter(Router):
         logits_TE = self.scores(inputs)
         probs_TE = logits_TE.softmax(-1)
         biased_TE = probs_TE.detach() + self.bias.to(probs_TE.dtype) if self.config.bias_rate else probs_TE
-        experts_TK = biased_TE.topk(self.top_k, dim=-1).indices
+        experts_TK = self.choose(biased_TE)
         weights_TK = probs_TE.gather(1, experts_TK)
         if self.config.normalize:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+            weights_TK = scaled_to_one(weights_TK)
         return rows_of_tokens(inputs, experts_TK, weights_TK, self.experts, self.config.capacity_factor or 0.0,
                               prob_sum_E=probs_TE.sum(0) if self.config.balance_loss else None,
                               aux_losses=z_loss(logits_TE, self.config),
@@ -40,6 +40,10 @@ class TopKRouter(Router):
     def scores(self, inputs: RouterInput) -> torch.Tensor:
         """[T, E] logits that choose the experts."""
         return router_logits(inputs.x_GSD, self.weight)
+
+    def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        """[T, K] experts of every token, best first."""
+        return scores_TE.topk(self.top_k, dim=-1).indices
 
     @torch.no_grad()
     def after_step(self, demand_E: torch.Tensor) -> None:

@@ -24,7 +24,8 @@ VOCAB = 101
     ["train.dtype=bfloat16", "router.name=stochastic_topk"],
     ["model.head_width=12", "model.qk_norm=head", "model.dense_blocks=[0]", "model.vocab=128"],
     ["model.qk_norm=all", "model.dense_blocks=[1,2]", "model.vocab=128", "model.tie_embeddings=false"],
-    ["router.name=soft_moe"], ["router.name=hash"], ["router.name=expert_choice"],
+    ["router.name=soft_moe"], ["router.name=hash"], ["router.name=expert_choice"], ["router.name=comet"],
+    ["router.name=null_experts", "router.options={null_experts: 3}"],
 ])
 def test_weights_equal_those_of_the_real_model(overrides):
     config = config_from_dict(TREE, overrides)
@@ -42,6 +43,19 @@ def test_the_work_of_a_step():
     sizes = Sizes.of(config_from_dict(TREE), VOCAB)
     assert (sizes.part, sizes.calls, sizes.tokens, sizes.rows) == (4, 3, 12 * 16, 12 * 16 * 2)
     assert sizes.row_bytes == 4 * 32 and Sizes.of(config_from_dict(TREE, ["train.dtype=bfloat16"]), VOCAB).row_bytes == 2 * 32
+
+
+@pytest.mark.parametrize("overrides, rows, most", [
+    (["router.name=dynmole"], 6, 6), (["router.name=progressive"], 2, 6), (["router.name=null_experts"], 2, 4),
+    (["router.name=top_p"], 2, 3.4), (["router.name=comet"], 2, 6), (["router.name=expert_choice"], 2.25, 2.25),
+    (["router.name=soft_moe", "router.capacity_factor=0.5"], 1.125, 1.125),  # ceil(0.5 * 16 * 2 / 6) slots an expert
+    (["router.name=topk"], 2, 2)])
+def test_the_router_says_how_many_rows_a_token_has(overrides, rows, most):
+    """On average for the work of a step, at most for memory."""
+    sizes, plain = (Sizes.of(config_from_dict(TREE, more), VOCAB) for more in (overrides, []))
+    assert sizes.rows == sizes.tokens * rows
+    row_bytes = 4 * (2 * 32 + 2 * 24) * (4 + 1)  # of every block, and of one at work
+    assert sizes.token_bytes - plain.token_bytes == pytest.approx((most - 2) * row_bytes, abs=5)
 
 
 def test_recomputation_keeps_less():

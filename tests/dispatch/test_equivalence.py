@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from moedist.routing import ROUTERS
 from tests.moe_cases import Case, run_case
 from tests.ranks import run_ranks
+from tests.routing.settings import fitting_options
 
 TRANSPORTS = ("torchdist", "mpi")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -55,13 +56,18 @@ def cases(draw, router: str) -> Case:
     shares = tuple(tuple(p / sum(ps) for p in ps) for ps in parts)
     return Case(tuple(owners), tuple(sequences), router, top_k, sequence=draw(st.integers(1, 7)), widths=tuple(widths),
                 activation=draw(st.sampled_from(["swiglu", "gelu"])),
+                options=tuple(fitting_options(router, experts, top_k).items()),
                 capacity_factor=draw(st.sampled_from([None, 0.5, 1.0])), seed=draw(st.integers(0, 1000)),
-                shared=3 if router == "shared_expert" else 0, training=draw(st.booleans()),
+                shared=3 if router in ("shared_expert", "deepseek_moe") else 0, training=draw(st.booleans()),
                 shares=shares, kinds=tuple(kinds))
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("router", sorted(ROUTERS))
+# all that differs for a transport: whether tokens go to as many experts, to any number, to none, or are mixed
+BY_MPI = ("topk", "expert_choice", "soft_moe", "null_experts")
+
+
+@pytest.mark.parametrize("router, transport", [*((name, "torchdist") for name in sorted(ROUTERS)),
+                                               *((name, "mpi") for name in BY_MPI)])
 def test_any_placement_equals_one_process(router, transport):
     @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(cases(router))

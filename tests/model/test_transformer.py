@@ -8,6 +8,7 @@ from moedist.dispatch import LocalTransport, build_transport
 from moedist.errors import ConfigError
 from moedist.model import Batch, Transformer
 from moedist.placement import plan_from_config
+from moedist.routing import ROUTERS
 from moedist.world import World
 from tests.ranks import run_ranks
 
@@ -27,8 +28,7 @@ def batch(length: int = 12, sequences: int = 2) -> Batch:
     return Batch(ids, torch.arange(ids.numel()).view_as(ids), 5)
 
 
-@pytest.mark.parametrize("router, causal", [("topk", True), ("hash", True), ("random", True), ("expert_choice", False),
-                                            ("soft_moe", False)])
+@pytest.mark.parametrize("router, causal", [(name, name not in ("expert_choice", "soft_moe")) for name in sorted(ROUTERS)])
 def test_causality_is_what_the_router_says(router, causal):
     model = build(f"router.name={router}").eval()
     with torch.no_grad():
