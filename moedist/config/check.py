@@ -15,6 +15,7 @@ CHOICES = {
     "model.activation": ("swiglu", "gelu"),
     "model.qk_norm": ("none", "head", "all"),
     "router.name": ROUTERS,
+    "router.balance_to": ("equal", "speed"),
     "train.dtype": ("float32", "bfloat16", "float16", "float64"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.optimizer": ("adamw", "sgd"),
@@ -211,6 +212,9 @@ def _check_model(config: Config) -> None:
     if r.name == "shared_expert" and m.shared_experts < 1:
         raise ConfigError("router.name=shared_expert gates a shared expert but model.shared_experts is 0; "
                           "set model.shared_experts=1")
+    if r.balance_to == "speed" and not r.balance_loss and not r.bias_rate:
+        raise ConfigError("router.balance_to=speed says what to balance to, but router.balance_loss and router.bias_rate are "
+                          "both 0, so nothing balances; set router.bias_rate=0.001")
     if r.bias_rate and r.name not in ("topk", "shared_expert"):
         raise ConfigError(f"router.bias_rate={r.bias_rate} works with router.name=topk and shared_expert, "
                           f"not {r.name}; set router.bias_rate=0")

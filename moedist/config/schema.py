@@ -101,6 +101,8 @@ class RouterConfig:
     z_loss: float = key(0.001, "weight of the router z-loss")
     bias_rate: float = key(0.0, "step of the auxiliary-loss-free balancing bias (0: off; 0.001 is usual; topk and "
                                 "shared_expert)")
+    balance_to: str = key("equal", "what the bias or the balance loss aims at: equal (loads of all experts) or speed (loads "
+                                   "of ranks in proportion to their speed, which is measured or placement.speeds)")
     capacity_factor: Optional[float] = key(None, "rows an expert takes of one sequence, over the even share; topk, "
                                                  "switch, stochastic_topk, shared_expert: rows above it are dropped "
                                                  "(0: none is); expert_choice, soft_moe: rows it always takes "

@@ -70,6 +70,8 @@ class MoELayer(nn.Module):
         """Take other experts, and the dispatcher that knows where all are."""
         self._bank = (bank,)  # a tuple hides it from nn.Module
         self.dispatcher = dispatcher
+        targets = dispatcher.layout.plan.targets
+        self.router.targets_E = torch.tensor(targets, dtype=torch.float64) if targets else None
 
     @property
     def bank(self) -> Bank:
@@ -110,5 +112,5 @@ class MoELayer(nn.Module):
         demand_E = loads.extra_W.sum(0)
         aux = dict(routed.aux_losses)
         if routed.prob_sum_E is not None:
-            aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device))
+            aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device), self.router.targets_E)
         return y, LayerReport(aux, routed.stats, loads.load_WE, loads.rows_P, loads.rows_W, demand_E, routed.carried)

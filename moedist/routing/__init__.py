@@ -8,6 +8,7 @@ import dataclasses
 import torch
 
 from moedist.config import Config, RouterConfig
+from moedist.errors import ConfigError
 from moedist.routing.base import Assignment, Router, RouterInput
 from moedist.routing.expert_choice import ExpertChoiceRouter
 from moedist.routing.hash import HashRouter
@@ -49,7 +50,11 @@ def describe_options() -> str:
 
 def check_router(config: Config) -> None:
     """Raise ConfigError where the router's options are unknown or do not go with the model; before any process starts."""
-    m = config.model
+    m, r = config.model, config.router
+    if r.balance_to == "speed" and not ROUTERS[r.name].balances:
+        balancing = ", ".join(name for name, router in sorted(ROUTERS.items()) if router.balances)
+        raise ConfigError(f"router.balance_to=speed: router {r.name} has loads that no bias or loss changes; set "
+                          f"router.balance_to=equal, or router.name to one of {balancing}")
     with torch.device("meta"):
         build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
 

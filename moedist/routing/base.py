@@ -87,9 +87,14 @@ class Router(nn.Module):
         options: those of this router.
         causal: False where a token's route depends on later tokens of its sequence: perplexity is then optimistic, and
             generation differs from training.
+        balances: whether a bias or the balance loss can change its loads.
+        targets_E: part of the rows that each expert is to get (CPU), as the plan in force says; None: equal parts. Set by the
+            layer, not saved: the plan is.
     """
 
     causal = True
+    balances = True
+    targets_E: Optional[torch.Tensor] = None
     Options: ClassVar[type] = NoOptions
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
@@ -112,6 +117,13 @@ class Router(nn.Module):
         Args:
             demand_E: int64 rows that wanted each expert in that step, over all ranks (CPU).
         """
+
+    def aimed_at(self, demand_E: torch.Tensor) -> torch.Tensor:
+        """[E] (float64) rows that each expert should have got of these, by the targets: what a bias moves towards."""
+        total = demand_E.sum().double()
+        if self.targets_E is None:
+            return (total / len(demand_E)).expand(len(demand_E))
+        return total * self.targets_E.to(total)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, experts={self.experts}, top_k={self.top_k}"
