@@ -27,13 +27,16 @@ SEED = 11
 
 
 def text() -> str:
-    """LENGTH letters, the same on every machine."""
-    follows = torch.randperm(LETTERS, generator=torch.Generator().manual_seed(SEED)).tolist()
+    """LENGTH letters, the same on every machine.
+
+    No letter follows itself: two tokens that see the same would tie where a router compares tokens, and rounding decide.
+    """
+    circle = torch.randperm(LETTERS, generator=torch.Generator().manual_seed(SEED)).tolist()
     draws = hash_int(torch.arange(LENGTH), SEED).tolist()
-    found, letter = [], 0
+    found, place = [], 0
     for draw in draws:
-        letter = follows[letter] if draw % 4 else draw // 4 % LETTERS
-        found.append(chr(ord("A") + letter))
+        place = (place + (1 if draw % 4 else 1 + draw // 4 % (LETTERS - 1))) % LETTERS
+        found.append(chr(ord("A") + circle[place]))
     return "".join(found)
 
 
