@@ -27,11 +27,11 @@ from moedist.world import World, find_launch
 
 SPEEDS = (4.0, 2.0, 1.0, 1.0)
 SLOWDOWN = (4.0, 8.0, 16.0, 16.0)  # the fastest is slowed too: four ranks together then need less than two cores
-SIDES = {"loss": ["router.balance_loss=0.01"], "bias": ["router.balance_loss=0", "router.bias_rate={rate}"],
-         "speed": ["router.balance_loss=0", "router.bias_rate={rate}", "router.balance_to=speed"]}
+BIAS = ["router.balance_loss=0", "router.bias_rate={rate}", "router.bias_rule=proportional"]
+SIDES = {"loss": ["router.balance_loss=0.01"], "bias": BIAS, "speed": [*BIAS, "router.balance_to=speed"]}
 CONFIG: dict[str, Any] = {
     "name": "balance", "data": {"tokenizer": "byte", "sequence_length": 64, "max_documents": 600},
-    "model": {"layers": 2, "width": 96, "heads": 4, "kv_heads": 2, "experts": 16, "top_k": 2, "expert_hidden": 128},
+    "model": {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "experts": 16, "top_k": 2, "expert_hidden": 128},
     "train": {"batch": 64, "lr": 2e-3, "warmup_steps": 20, "eval_every": 0, "eval_tokens": 65536},
     "placement": {"counts": [4, 4, 4, 4], "speeds": list(SPEEDS), "replan_every": 50},
     "world": {"device": "cpu"}, "monitor": {"wandb": "disabled", "output": "quiet"}, "checkpoint": {"every": 0},

@@ -39,9 +39,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     balance = add_command(bench, "balance", "balancing by a loss, by a bias, and by a bias to the ranks' speeds",
                           _bench_balance, EXAMPLES["bench balance"])
-    balance.add_argument("--steps", type=positive(int), default=400, help="of each training at full speed (default 400)")
+    balance.add_argument("--steps", type=positive(int), default=800, help="of each training at full speed (default 800)")
     balance.add_argument("--timed", type=not_negative(int), default=20, help="slowed down, after that (default 20)")
-    balance.add_argument("--rate", type=float, default=0.001, help="router.bias_rate (default 0.001)")
+    balance.add_argument("--rate", type=float, default=0.003, help="router.bias_rate (default 0.003)")
     balance.add_argument("--seeds", type=not_negative(int), nargs="+", default=[0], help="one comparison each (default 0)")
     balance.add_argument("--json", help="write the figures to this file")
 

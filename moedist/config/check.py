@@ -6,7 +6,8 @@ from moedist.config.load import compress_config
 from moedist.config.schema import CompressConfig, Config
 from moedist.errors import ConfigError
 
-ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert")
+ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert",
+           "moe_plus_plus", "recurrent")
 METHODS = ("cur", "cur-hybrid", "interp", "cur-matrix", "svd", "svd-whitened", "svd-fisher", "prune-random",
            "prune-magnitude")
 BUDGETS = ("global", "uniform", "frequency")
@@ -16,6 +17,7 @@ CHOICES = {
     "model.qk_norm": ("none", "head", "all"),
     "router.name": ROUTERS,
     "router.balance_to": ("equal", "speed"),
+    "router.bias_rule": ("sign", "proportional"),
     "train.dtype": ("float32", "bfloat16", "float16", "float64"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.optimizer": ("adamw", "sgd"),

@@ -112,5 +112,5 @@ class MoELayer(nn.Module):
         demand_E = loads.extra_W.sum(0)
         aux = dict(routed.aux_losses)
         if routed.prob_sum_E is not None:
-            aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device), self.router.targets_E)
+            aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device), self.router.balance_targets())
         return y, LayerReport(aux, routed.stats, loads.load_WE, loads.rows_P, loads.rows_W, demand_E, routed.carried)

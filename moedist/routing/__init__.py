@@ -14,7 +14,9 @@ from moedist.routing.expert_choice import ExpertChoiceRouter
 from moedist.routing.hash import HashRouter
 from moedist.routing.losses import balance_loss_sum
 from moedist.routing.noise import mix_seeds
+from moedist.routing.moe_plus_plus import MoEPlusPlusRouter
 from moedist.routing.random import RandomRouter
+from moedist.routing.recurrent import RecurrentRouter
 from moedist.routing.shared_expert import SharedExpertRouter
 from moedist.routing.soft_moe import SoftMoERouter
 from moedist.routing.stochastic_topk import StochasticTopKRouter
@@ -31,6 +33,8 @@ ROUTERS: dict[str, type[Router]] = {
     "soft_moe": SoftMoERouter,
     "hash": HashRouter,
     "shared_expert": SharedExpertRouter,
+    "moe_plus_plus": MoEPlusPlusRouter,
+    "recurrent": RecurrentRouter,
 }
 
 
@@ -55,6 +59,9 @@ def check_router(config: Config) -> None:
         balancing = ", ".join(name for name, router in sorted(ROUTERS.items()) if router.balances)
         raise ConfigError(f"router.balance_to=speed: router {r.name} has loads that no bias or loss changes; set "
                           f"router.balance_to=equal, or router.name to one of {balancing}")
+    if ROUTERS[r.name].shares_weights and config.engine.zero_stage == 3:
+        raise ConfigError(f"router {r.name} has weights that several layers use, which ZeRO-3 would have partitioned in between; "
+                          "set engine.zero_stage=2")
     with torch.device("meta"):
         build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
 

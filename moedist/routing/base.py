@@ -50,7 +50,7 @@ class Assignment:
         token_ids_N: int64, ascending; with `mix_in`, the index of a mixed row instead of a token.
         expert_ids_N: int64.
         weights_N: float32 or float64; carries the router's gradient.
-        demand_E: int64 rows each expert was wanted for, before capacity dropped any.
+        demand_E: int64 rows each expert was wanted for, before capacity dropped any; then those of the free ones.
         prob_sum_E: router probabilities summed over local tokens, for the balance loss; None where the router has none.
         aux_losses: name -> sum over local tokens of another loss, unweighted (see `Router.loss_weights`).
         stats: name -> detached sum over local tokens, for metrics.
@@ -90,10 +90,14 @@ class Router(nn.Module):
         balances: whether a bias or the balance loss can change its loads.
         targets_E: part of the rows that each expert is to get (CPU), as the plan in force says; None: equal parts. Set by the
             layer, not saved: the plan is.
+        free_experts: how many entries `demand_E` has beyond the E, for experts that need no computing.
+        shares_weights: whether routers of several layers use the same weights.
     """
 
     causal = True
     balances = True
+    shares_weights = False
+    free_experts = 0
     targets_E: Optional[torch.Tensor] = None
     Options: ClassVar[type] = NoOptions
 
@@ -118,12 +122,34 @@ class Router(nn.Module):
             demand_E: int64 rows that wanted each expert in that step, over all ranks (CPU).
         """
 
+    def follow(self, first: "Router") -> None:
+        """Called on the router of every MoE layer but the first, with that of the first: what is shared is that one's."""
+
+    def most_rows_per_token(self) -> int:
+        """Upper bound of the rows of a token, for memory."""
+        return self.top_k
+
+    def expected_rows_per_token(self) -> float:
+        """Rows of a token on average, once loads are balanced and whatever is scheduled is over: for planning."""
+        return float(self.top_k)
+
+    def balance_targets(self) -> Optional[torch.Tensor]:
+        """Part of the rows that each entry of `demand_E` is to have, by which the balance loss goes; None: equal."""
+        return self.targets_E
+
     def aimed_at(self, demand_E: torch.Tensor) -> torch.Tensor:
         """[E] (float64) rows that each expert should have got of these, by the targets: what a bias moves towards."""
-        total = demand_E.sum().double()
-        if self.targets_E is None:
+        total, targets = demand_E.sum().double(), self.balance_targets()
+        if targets is None:
             return (total / len(demand_E)).expand(len(demand_E))
-        return total * self.targets_E.to(total)
+        return total * targets.to(total)
+
+    def bias_step(self, demand_E: torch.Tensor) -> torch.Tensor:
+        """[E] (float64) change of a balancing bias after a step with these rows, see `router.bias_rule`."""
+        missing_E = (aimed_E := self.aimed_at(demand_E)) - demand_E
+        if self.config.bias_rule == "sign":
+            return self.config.bias_rate * torch.sign(missing_E)
+        return self.config.bias_rate * (missing_E / aimed_E.clamp(min=1e-9)).clamp(-1, 1)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, experts={self.experts}, top_k={self.top_k}"
@@ -201,7 +227,7 @@ def within_capacity(expert_ids_GSK: torch.Tensor, experts: int, capacity: int) -
     return (place < capacity).view(g, k, s).transpose(1, 2)
 
 
-def even_share(sequence: int, top_k: int, experts: int, factor: float) -> int:
+def even_share(sequence: int, top_k: float, experts: int, factor: float) -> int:
     """Rows of one sequence per expert at capacity factor `factor`: ceil(factor * S * K / E), at least 1."""
     return max(1, -int(-factor * sequence * top_k // experts))
 

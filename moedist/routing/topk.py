@@ -16,7 +16,7 @@ class TopKRouter(Router):
 
     With `bias_rate` > 0 a bias per expert is added to the score that chooses (not to the weight) and moves after every
     step by `bias_rate` towards equal loads (or targets, see `Router`): auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664,
-    algorithm 1). The bias is state of the model, the same on every rank.
+    algorithm 1; its section 4.3 has the proportional rule). The bias is state of the model, the same on every rank.
     """
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
@@ -45,4 +45,4 @@ class TopKRouter(Router):
     def after_step(self, demand_E: torch.Tensor) -> None:
         """Move the bias one step towards equal loads, or those that the plan aims at."""
         if self.config.bias_rate:
-            self.bias += self.config.bias_rate * torch.sign(self.aimed_at(demand_E) - demand_E).to(self.bias)
+            self.bias += self.bias_step(demand_E).to(self.bias)

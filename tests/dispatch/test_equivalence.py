@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from moedist.routing import ROUTERS
 from tests.moe_cases import Case, run_case
 from tests.ranks import run_ranks
+from tests.routing.settings import options_of
 
 TRANSPORTS = ("torchdist", "mpi")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -57,7 +58,8 @@ def cases(draw, router: str) -> Case:
                 activation=draw(st.sampled_from(["swiglu", "gelu"])),
                 capacity_factor=draw(st.sampled_from([None, 0.5, 1.0])), seed=draw(st.integers(0, 1000)),
                 shared=3 if router == "shared_expert" else 0, training=draw(st.booleans()),
-                shares=shares, kinds=tuple(kinds))
+                shares=shares, kinds=tuple(kinds),
+                options=tuple(options_of(router).get("router", {}).get("options", {}).items()))
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

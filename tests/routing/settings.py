@@ -7,6 +7,7 @@ from typing import Any
 GIVEN: dict[str, dict[str, dict[str, Any]]] = {
     "switch": {"model": {"top_k": 1}},
     "shared_expert": {"model": {"shared_experts": 1}},
+    "recurrent": {"router": {"options": {"state": 6}}},
 }
 
 

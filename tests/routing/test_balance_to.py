@@ -5,8 +5,8 @@ import torch
 
 from moedist.config import RouterConfig, check_config, config_from_dict
 from moedist.errors import ConfigError
-from moedist.routing import ROUTERS, balance_loss_sum, build_router, check_router
-from tests.routing.test_routers import E, inputs, router
+from moedist.routing import ROUTERS, RouterInput, balance_loss_sum, build_router, check_router
+from tests.routing.test_routers import E, router
 
 Q = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
 
@@ -34,14 +34,14 @@ def test_the_gradient_moves_no_logit_at_the_targets():
     assert bool((logits.grad[:2] < 0).all()) and bool((logits.grad[3:] > 0).all()), "down the gradient: more for the first"
 
 
-def test_the_bias_brings_loads_to_the_targets():
-    r = build_router(6, E, 2, RouterConfig(bias_rate=0.004, balance_to="speed"), 64).double()
+@pytest.mark.parametrize("rule, rate", [("sign", 0.004), ("proportional", 0.02)])
+def test_the_bias_brings_loads_to_the_targets(rule, rate):
+    r = build_router(6, E, 2, RouterConfig(bias_rate=rate, bias_rule=rule, balance_to="speed"), 64).double()
     with torch.no_grad():
         r.weight.copy_(torch.randn(r.weight.shape, generator=torch.Generator().manual_seed(1)) / 2)
     r.targets_E = Q
     x = torch.randn(8, 64, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    i = inputs(x=x)
-    i = type(i)(x, torch.zeros(8, 64, dtype=torch.int64), torch.arange(512).view(8, 64), 0, True)
+    i = RouterInput(x, torch.zeros(8, 64, dtype=torch.int64), torch.arange(512).view(8, 64), 0, True)
     for _ in range(400):
         demand = r(i).demand_E
         r.after_step(demand)

@@ -12,12 +12,14 @@ from moedist.model.initialise import fill_normal
 from moedist.routing import ROUTERS, RouterInput, balance_loss_sum, build_router, describe_options
 from moedist.routing.base import within_capacity
 from moedist.routing.noise import hash_int, mix_seeds, normal, uniform
+from tests.routing.settings import options_of
 
 G, S, D, E = 3, 8, 6, 5
 
 
 def router(name: str, top_k: int = 2, **config):
     top_k = 1 if name == "switch" else top_k
+    config = {**options_of(name).get("router", {}), **config}
     made = build_router(D, E, top_k, RouterConfig(name=name, **config), S).double()
     for n, p in made.named_parameters():
         fill_normal(p, 1.0, 0, n)
@@ -43,7 +45,7 @@ def test_assignment_is_valid(name):
     assert 0 <= a.expert_ids_N.min() and a.expert_ids_N.max() < E
     pairs = set(zip(a.token_ids_N.tolist(), a.expert_ids_N.tolist()))
     assert len(pairs) == n, "no token goes to one expert twice"
-    assert a.demand_E.shape == (E,) and int(a.demand_E.sum()) >= n
+    assert a.demand_E.shape == (E + router(name).free_experts,) and int(a.demand_E.sum()) >= n
     assert bool((a.weights_N > 0).all()) and bool((a.weights_N <= 1 + 1e-9).all())
 
 
@@ -62,7 +64,7 @@ def test_gradients_match_finite_differences(name):
 
     def outputs(x, *_):
         a = r(inputs(x=x))
-        found = [a.weights_N, *a.aux_losses.values(), a.prob_sum_E, a.mix_in, a.mix_out, a.shared_gate_T1]
+        found = [a.weights_N, *a.aux_losses.values(), a.prob_sum_E, a.mix_in, a.mix_out, a.shared_gate_T1, a.direct_TD, a.carried]
         return tuple(v for v in found if v is not None and v.requires_grad)
 
     assert torch.autograd.gradcheck(outputs, (x, *r.parameters()), atol=1e-6)
