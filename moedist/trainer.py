@@ -28,7 +28,7 @@ from moedist.phases import PHASES, Run, check_methods
 from moedist.phases.run import Progress, weight_dtype
 from moedist.phases.train import Stopped, evaluate
 from moedist.placement import Plan, split_batch
-from moedist.routing import check_router
+from moedist.routing import check_router, router_of
 from moedist.world import World, find_launch
 
 # What a run must share with the checkpoint it goes on from: with another value the weights or the position in the data
@@ -250,7 +250,7 @@ def _describe(run: Run) -> str:
             [len(moe.bank.expert_ids) for moe in layers], str(world.device), world.vendor]
     ranks = world.gather_objects(mine)
     in_experts = sum(r[0] for r in ranks)
-    active = dense + in_experts * config.model.top_k // max(config.model.experts, 1)
+    active = dense + round(in_experts * router_of(config).expected_rows_per_token() / config.model.experts)
     counts = split_batch(run.coordinator.sizes.part, run.plan.batch_shares)
     lines = [f"run {run.folder}",
              f"{dense + in_experts:,} parameters, about {active:,} active per token; "

@@ -7,7 +7,7 @@ from moedist.config.schema import CompressConfig, Config
 from moedist.errors import ConfigError
 
 ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert",
-           "moe_plus_plus", "recurrent")
+           "moe_plus_plus", "recurrent", "chain", "thor")
 METHODS = ("cur", "cur-hybrid", "interp", "cur-matrix", "svd", "svd-whitened", "svd-fisher", "prune-random",
            "prune-magnitude")
 BUDGETS = ("global", "uniform", "frequency")

@@ -97,7 +97,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class RouterConfig:
     name: str = key("topk", "random, topk, switch, stochastic_topk, expert_choice, soft_moe, hash, shared_expert, "
-                             "moe_plus_plus or recurrent")
+                             "moe_plus_plus, recurrent, chain or thor")
     balance_loss: float = key(0.01, "weight of the load-balancing loss (loads counted over all ranks)")
     z_loss: float = key(0.001, "weight of the router z-loss")
     bias_rate: float = key(0.0, "step of the auxiliary-loss-free balancing bias (0: off; 0.001 is usual; topk and "

@@ -86,7 +86,7 @@ class Coordinator:
         if not self.world.is_main:
             return
         if self._tracker is not None:
-            self._tracker.observe(times, self.sizes.calls)
+            self._tracker.observe(times, self.sizes.calls, self.sizes.expert_calls)
         for layer, load_WE in loads.items():
             load_E = load_WE.sum(0).double()
             mean = self._loads.get(layer, load_E)

@@ -85,7 +85,7 @@ def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Size
                         for island in sorted(set(islands))) if cluster.apart else None
     work = {layer: sizes.work(layer, loads[layer]) for layer in sizes.moe_layers}
     return {layer: Problem(
-        loads=tuple(float(f) for f in work[layer]), speeds=cluster.expert.effective(max(sum(work[layer]), 1), sizes.calls),
+        loads=tuple(float(f) for f in work[layer]), speeds=cluster.expert.effective(max(sum(work[layer]), 1), sizes.expert_calls),
         slots=slots, islands=islands, max_copies=config.max_copies,
         copy_cost_s=2 * sizes.expert_bytes / min(links) if links else 0.0, hot_copies=config.hot_copies,
         island_rows=island_rows)
@@ -110,7 +110,7 @@ def batch_counts(cluster: Cluster, layers: Sequence[LayerPlan], sizes: Sizes, co
 def _with_experts(cluster: Cluster, dense_W: Sequence[float], sizes: Sizes) -> list[float]:
     """Tokens per second of every rank, its experts' part included: those of an island are as busy with its tokens as it can
     be made."""
-    expert_W = cluster.expert.effective(max(sizes.rows, 1), sizes.calls)
+    expert_W = cluster.expert.effective(max(sizes.rows, 1), sizes.expert_calls)
     per_token = len(sizes.moe_layers) * sizes.rows / sizes.tokens * sizes.mean_cost
     of_island = {}
     for island in {f.island for f in cluster.facts}:

@@ -81,7 +81,7 @@ def synchronize(device: torch.device) -> None:
 def expert_work(config: Config, sizes: Sizes, world: World) -> Work:
     """The experts of one layer. More rows come with more experts, as they do when a plan gives a rank more."""
     m, dtype, device, meter = config.model, compute_dtype(config), world.device, world.meter
-    per_expert = max(1.0, sizes.part * sizes.sequence * m.top_k / m.experts)
+    per_expert = max(1.0, sizes.part * sizes.sequence * sizes.rows_per_token / m.experts)
     gate = ACTIVATIONS[m.activation]
 
     def sample(rows: int) -> Sample:
@@ -107,7 +107,7 @@ def expert_work(config: Config, sizes: Sizes, world: World) -> Work:
         return Sample(rows, seconds)
 
     row_bytes = dtype.itemsize * (4 * m.width + (2 * gate + 3) * m.expert_hidden)
-    return Work("expert", sizes.part * sizes.sequence * m.top_k / world.size, 1,
+    return Work("expert", sizes.part * sizes.sequence * sizes.rows_per_token / world.size, 1,
                 row_bytes + 4 * sizes.expert_bytes / per_expert, sample)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Mapping, Sequence
-
-import torch
 
 from moedist.config import Config
 from moedist.data.tokenizer import BYTE_VOCAB, Tokenizer
 from moedist.model import ExpertForm
-from moedist.routing import build_router
+from moedist.routing import router_of
 
 STATES = 4  # values a parameter takes while training: weight, gradient, two Adam moments
 
@@ -20,7 +19,9 @@ class Sizes:
     """Of a model and its training step.
 
     Attributes:
-        experts, top_k, moe_layers: as configured; `moe_layers` are indices of blocks.
+        experts, moe_layers: as configured; `moe_layers` are indices of blocks.
+        rows_per_token: expert rows of a layer per token, as its router expects them.
+        iterations: how often tokens go through a layer in one forward pass.
         part, calls: sequences of one forward pass over all ranks, and forward passes of a step.
         sequence: tokens of a sequence.
         hidden: hidden width of an expert, mean.
@@ -32,7 +33,7 @@ class Sizes:
     """
 
     experts: int
-    top_k: int
+    rows_per_token: float
     moe_layers: tuple[int, ...]
     part: int
     calls: int
@@ -43,24 +44,28 @@ class Sizes:
     token_bytes: int
     row_bytes: int
     costs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    iterations: int = 1
 
     @classmethod
     def of(cls, config: Config, vocab: int) -> "Sizes":
         m, t = config.model, config.train
         value = 8 if t.dtype == "float64" else 4
         gate = 3 if m.activation == "swiglu" else 2
-        moe = config.moe_layers()
+        moe, router = config.moe_layers(), router_of(config)
+        router_size = sum(p.numel() for p in router.parameters())
         attention = 2 * m.width * m.head * (m.heads + m.kv_heads)
         attention += {"none": 0, "head": 2, "all": m.heads + m.kv_heads}[m.qk_norm] * m.head
         dense = m.vocab_rows(vocab) * m.width * (1 if m.tie_embeddings else 2) + m.layers * attention \
             + (m.layers - len(moe)) * gate * m.width * m.ffn_hidden + (2 * m.layers + 1) * m.width \
-            + len(moe) * (_router_size(config) + gate * m.width * m.expert_hidden * m.shared_experts)
+            + len(moe) * (router_size + gate * m.width * m.expert_hidden * m.shared_experts)
         low = 2 if t.dtype in ("bfloat16", "float16") else value
-        # per block: norms and residuals, q, k, v, attention's result, K rows in and out with their hidden values
-        block = m.width * (2 * value + 4 * low) + m.top_k * (2 * m.width + (gate - 1) * m.expert_hidden) * low
-        per_token = (m.width * value * m.layers if m.recompute else block * m.layers) + block
-        return cls(m.experts, m.top_k, tuple(moe), t.batch // t.accumulate, t.accumulate, config.data.sequence_length,
-                   m.expert_hidden, gate * m.width * m.expert_hidden * value, dense * value, per_token, m.width * low)
+        # per block: norms and residuals, q, k, v, attention's result, rows in and out with their hidden values
+        rows = router.most_rows_per_token() / router.draws  # all else doubles with the draws too
+        block = m.width * (2 * value + 4 * low) + math.ceil(rows * (2 * m.width + (gate - 1) * m.expert_hidden) * low)
+        per_token = router.draws * ((m.width * value * m.layers if m.recompute else block * m.layers) + block)
+        return cls(m.experts, router.expected_rows_per_token(), tuple(moe), t.batch // t.accumulate, t.accumulate,
+                   config.data.sequence_length, m.expert_hidden, gate * m.width * m.expert_hidden * value, dense * value,
+                   per_token, m.width * low, iterations=router.iterations)
 
     def compressed(self, forms: Mapping[int, Mapping[int, ExpertForm]], value_bytes: int) -> "Sizes":
         """With experts as they are stored now.
@@ -93,9 +98,14 @@ class Sizes:
         return self.part * self.calls * self.sequence
 
     @property
+    def expert_calls(self) -> int:
+        """Times that the experts of a layer are called in a step, forward and backward."""
+        return self.calls * self.iterations
+
+    @property
     def rows(self) -> int:
-        """Expert rows of a layer in one step, where every token goes to top_k experts."""
-        return self.tokens * self.top_k
+        """Expert rows of a layer in one step."""
+        return round(self.tokens * self.rows_per_token)
 
     def expert_slots(self, free_bytes: float) -> int:
         """Experts of one layer that fit beside the dense part and one sequence, when every MoE layer gets as many."""
@@ -107,14 +117,6 @@ class Sizes:
         """Sequences of one forward pass that fit beside the dense part and `experts` experts over all layers."""
         left = free_bytes - STATES * (self.dense_bytes + experts * self.expert_bytes)
         return max(0, int(left // (self.sequence * self.token_bytes)))
-
-
-def _router_size(config: Config) -> int:
-    """Weights of one layer's router."""
-    m = config.model
-    with torch.device("meta"):
-        router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
-    return sum(p.numel() for p in router.parameters())
 
 
 def likely_vocab(config: Config) -> int:

@@ -38,7 +38,7 @@ def _mpi(world: World) -> Transport:
     return MpiTransport(world)
 
 
-def choose_sharing(config: DispatchConfig, transport: Transport, experts_per_token: int) -> Sharing:
+def choose_sharing(config: DispatchConfig, transport: Transport, experts_per_token: float) -> Sharing:
     """The choices of `config`, `auto` decided: where ranks are in one island, rows go plainly; else once to an island where a
     token has several experts, and own rows are computed meanwhile."""
     several = len(set(getattr(transport, "islands", ()))) > 1

@@ -24,7 +24,7 @@ from moedist.model.forms import ExpertForm
 from moedist.model.initialise import fill_normal
 from moedist.model.moe import LayerReport, MoELayer
 from moedist.placement import Plan
-from moedist.routing import RouterInput, build_router, mix_seeds
+from moedist.routing import RouterInput, build_router, mix_seeds, router_of
 from moedist.timing import Meter, region
 
 
@@ -150,7 +150,9 @@ class Transformer(nn.Module):
         self.banks: dict[int, Bank] = _Hidden()
         blocks, first = [], None
         # a row of Soft MoE mixes tokens for one expert
-        sharing = choose_sharing(config.dispatch, transport, 1 if config.router.name == "soft_moe" else m.top_k)
+        rows_per_token = 1.0 if config.router.name == "soft_moe" else (asked := router_of(config)).most_rows_per_token() / (
+            asked.iterations * asked.draws)
+        sharing = choose_sharing(config.dispatch, transport, rows_per_token)
         for i in range(m.layers):
             if i in config.moe_layers():
                 layout = Layout(plan.layer(i), transport.rank, transport.world_size, getattr(transport, "islands", ()))
@@ -187,6 +189,11 @@ class Transformer(nn.Module):
     def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
         """(index of the block, its MoE layer)."""
         return ((i, block.ffn) for i, block in enumerate(self.layers) if isinstance(block.ffn, MoELayer))
+
+    @property
+    def draws(self) -> int:
+        """Passes that a training batch makes, see `Router.draws`."""
+        return max((layer.router.draws for _, layer in self.moe_layers()), default=1)
 
     @property
     def causal(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from moedist.config import Config, RouterConfig
 from moedist.errors import ConfigError
 from moedist.routing.base import Assignment, Router, RouterInput
+from moedist.routing.chain import ChainRouter
 from moedist.routing.expert_choice import ExpertChoiceRouter
 from moedist.routing.hash import HashRouter
 from moedist.routing.losses import balance_loss_sum
@@ -21,6 +22,7 @@ from moedist.routing.shared_expert import SharedExpertRouter
 from moedist.routing.soft_moe import SoftMoERouter
 from moedist.routing.stochastic_topk import StochasticTopKRouter
 from moedist.routing.switch import SwitchRouter
+from moedist.routing.thor import ThorRouter
 from moedist.routing.topk import TopKRouter
 from moedist.routing.trust import most_trusted
 
@@ -35,12 +37,25 @@ ROUTERS: dict[str, type[Router]] = {
     "shared_expert": SharedExpertRouter,
     "moe_plus_plus": MoEPlusPlusRouter,
     "recurrent": RecurrentRouter,
+    "chain": ChainRouter,
+    "thor": ThorRouter,
 }
 
 
 def build_router(width: int, experts: int, top_k: int, config: RouterConfig, sequence: int) -> Router:
     """The router called `config.name` for training sequences of `sequence` tokens, weights not yet initialised."""
     return ROUTERS[config.name](width, experts, top_k, config, sequence)
+
+
+def router_of(config: Config) -> Router:
+    """The router of a layer without memory for its weights, to ask what it needs.
+
+    Raises:
+        ConfigError: its options are unknown or do not go with the model.
+    """
+    m = config.model
+    with torch.device("meta"):
+        return build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
 
 
 def describe_options() -> str:
@@ -54,7 +69,7 @@ def describe_options() -> str:
 
 def check_router(config: Config) -> None:
     """Raise ConfigError where the router's options are unknown or do not go with the model; before any process starts."""
-    m, r = config.model, config.router
+    r = config.router
     if r.balance_to == "speed" and not ROUTERS[r.name].balances:
         balancing = ", ".join(name for name, router in sorted(ROUTERS.items()) if router.balances)
         raise ConfigError(f"router.balance_to=speed: router {r.name} has loads that no bias or loss changes; set "
@@ -62,9 +77,8 @@ def check_router(config: Config) -> None:
     if ROUTERS[r.name].shares_weights and config.engine.zero_stage == 3:
         raise ConfigError(f"router {r.name} has weights that several layers use, which ZeRO-3 would have partitioned in between; "
                           "set engine.zero_stage=2")
-    with torch.device("meta"):
-        build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
+    router_of(config)
 
 
 __all__ = ["ROUTERS", "Assignment", "Router", "RouterInput", "balance_loss_sum", "build_router", "check_router",
-           "describe_options", "mix_seeds", "most_trusted"]
+           "describe_options", "mix_seeds", "most_trusted", "router_of"]

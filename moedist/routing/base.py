@@ -32,6 +32,7 @@ class RouterInput:
         seed: changes with the step and the layer.
         training: False in evaluation and generation, where exploration noise is off.
         carried: what the router of the MoE layer before has handed on, [T, any]; None in the first.
+        iteration: which pass through the layer this is, from 0 to `Router.iterations` - 1.
     """
 
     x_GSD: torch.Tensor
@@ -40,6 +41,7 @@ class RouterInput:
     seed: int
     training: bool
     carried: Optional[torch.Tensor] = None
+    iteration: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,16 @@ class Router(nn.Module):
             layer, not saved: the plan is.
         free_experts: how many entries `demand_E` has beyond the E, for experts that need no computing.
         shares_weights: whether routers of several layers use the same weights.
+        iterations: how often tokens go through the layer, one pass after the other.
+        draws: how often a batch goes through the whole model in a training pass, with other noise each time.
     """
 
     causal = True
     balances = True
     shares_weights = False
     free_experts = 0
+    iterations = 1
+    draws = 1
     targets_E: Optional[torch.Tensor] = None
     Options: ClassVar[type] = NoOptions
 
@@ -125,12 +131,12 @@ class Router(nn.Module):
     def follow(self, first: "Router") -> None:
         """Called on the router of every MoE layer but the first, with that of the first: what is shared is that one's."""
 
-    def most_rows_per_token(self) -> int:
-        """Upper bound of the rows of a token, for memory."""
-        return self.top_k
+    def most_rows_per_token(self) -> float:
+        """Rows of a batch over its tokens, at most: for memory."""
+        return float(self.top_k)
 
     def expected_rows_per_token(self) -> float:
-        """Rows of a token on average, once loads are balanced and whatever is scheduled is over: for planning."""
+        """The same once loads are balanced and whatever is scheduled is over: for planning."""
         return float(self.top_k)
 
     def balance_targets(self) -> Optional[torch.Tensor]:

@@ -48,7 +48,7 @@ def summed(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["moe_plus_plus", "recurrent"])
+@pytest.mark.parametrize("name", ["moe_plus_plus", "recurrent", "chain"])
 def test_three_layers_on_three_ranks_recomputed_equal_one_process(name):
     alone = gradients_alone(name)
     for recompute in (False, True):
