@@ -110,4 +110,5 @@ class MoEPlusPlusRouter(Router):
         mix_TC2 = router_logits(inputs.x_GSD, self.mixing).unflatten(1, (o.constant, 2)).softmax(-1)
         of_itself_T = of_itself_T + (constants * mix_TC2[..., 0]).sum(1)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return of_itself_T.unsqueeze(1) * x_TD + (constants * mix_TC2[..., 1]) @ self.vectors.to(dtype)
+            # a view of the weights is saved for the backward pass: of the parameter itself ZeRO-3 would leave nothing
+            return of_itself_T.unsqueeze(1) * x_TD + (constants * mix_TC2[..., 1]) @ self.vectors.view(o.constant, -1).to(dtype)
