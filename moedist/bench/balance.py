@@ -32,7 +32,7 @@ SIDES = {"loss": ["router.balance_loss=0.01"], "bias": BIAS, "speed": [*BIAS, "r
 CONFIG: dict[str, Any] = {
     "name": "balance", "data": {"tokenizer": "byte", "sequence_length": 64, "max_documents": 600},
     "model": {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "experts": 16, "top_k": 2, "expert_hidden": 128},
-    "train": {"batch": 64, "lr": 2e-3, "warmup_steps": 20, "eval_every": 0, "eval_tokens": 65536},
+    "train": {"batch": 96, "lr": 2e-3, "warmup_steps": 20, "eval_every": 0, "eval_tokens": 65536},
     "placement": {"counts": [4, 4, 4, 4], "speeds": list(SPEEDS), "replan_every": 50},
     "world": {"device": "cpu"}, "monitor": {"wandb": "disabled", "output": "quiet"}, "checkpoint": {"every": 0},
 }
