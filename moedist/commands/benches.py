@@ -9,6 +9,7 @@ from moedist.commands.parsing import add_command, not_negative, positive
 EXAMPLES = {
     "bench layer": "example:\n  moedist bench layer --shapes fine --dtypes fp32 --json layer.json\n"
                    "  moedist bench layer --compressed --json compressed.json\n",
+    "bench balance": "example:\n  moedist bench balance --json balance.json\n",
     "bench hetero": "example:\n  moedist bench hetero --json hetero.json\n",
     "bench checkpoint": "example:\n  moedist bench checkpoint --json checkpoint.json\n"
                         "  torchrun --nproc-per-node 2 -m moedist bench checkpoint --folder /scratch\n",
@@ -35,6 +36,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     layer.add_argument("--compressed", action="store_true",
                        help="instead: the experts of the coarse shape compressed at 70 %% against the same uncompressed")
     layer.add_argument("--json", help="write the figures to this file")
+
+    balance = add_command(bench, "balance", "balancing by a loss, by a bias, and by a bias to the ranks' speeds",
+                          _bench_balance, EXAMPLES["bench balance"])
+    balance.add_argument("--steps", type=positive(int), default=800, help="of each training at full speed (default 800)")
+    balance.add_argument("--timed", type=not_negative(int), default=20, help="slowed down, after that (default 20)")
+    balance.add_argument("--rate", type=float, default=0.003, help="router.bias_rate (default 0.003)")
+    balance.add_argument("--seeds", type=not_negative(int), nargs="+", default=[0], help="one comparison each (default 0)")
+    balance.add_argument("--json", help="write the figures to this file")
 
     hetero = add_command(bench, "hetero", "training on ranks of four speeds: measured plan against equal placement",
                          _bench_hetero, EXAMPLES["bench hetero"])
@@ -97,6 +106,11 @@ def _bench_layer(args: argparse.Namespace) -> None:
         bench_compressed(args.rounds, args.json)
     else:
         bench_layer(args.shapes, args.dtypes, args.rounds, args.json)
+
+
+def _bench_balance(args: argparse.Namespace) -> None:
+    from moedist.bench.balance import bench_balance
+    bench_balance(args.steps, args.timed, args.rate, args.json, args.seeds)
 
 
 def _bench_hetero(args: argparse.Namespace) -> None:

@@ -8,8 +8,9 @@ from moedist.errors import ConfigError
 
 ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert", "top_p",
            "null_experts", "deepseek_moe", "loss_free", "grouped", "group_limited", "sinkhorn", "comet", "dynmole",
-           "progressive", "sigma_moe")
+           "progressive", "sigma_moe", "moe_plus_plus", "recurrent", "chain", "thor")
 WITH_BIAS = ("topk", "shared_expert", "deepseek_moe", "grouped", "progressive")
+WITH_OWN_BIAS = ("loss_free", "group_limited")
 METHODS = ("cur", "cur-hybrid", "interp", "cur-matrix", "svd", "svd-whitened", "svd-fisher", "prune-random",
            "prune-magnitude")
 BUDGETS = ("global", "uniform", "frequency")
@@ -18,6 +19,8 @@ CHOICES = {
     "model.activation": ("swiglu", "gelu"),
     "model.qk_norm": ("none", "head", "all"),
     "router.name": ROUTERS,
+    "router.balance_to": ("equal", "speed"),
+    "router.bias_rule": ("sign", "proportional"),
     "train.dtype": ("float32", "bfloat16", "float16", "float64"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.optimizer": ("adamw", "sgd"),
@@ -214,8 +217,11 @@ def _check_model(config: Config) -> None:
     if r.name in ("shared_expert", "deepseek_moe") and m.shared_experts < 1:
         raise ConfigError(f"router.name={r.name} has experts that see every token but model.shared_experts is 0; "
                           "set model.shared_experts=1")
+    if r.balance_to == "speed" and not r.balance_loss and not r.bias_rate and r.name not in WITH_OWN_BIAS:
+        raise ConfigError("router.balance_to=speed says what to balance to, but router.balance_loss and router.bias_rate are "
+                          "both 0, so nothing balances; set router.bias_rate=0.001")
     if r.bias_rate and r.name not in WITH_BIAS:
-        own = " (its own is update_rate in router.options)" if r.name in ("loss_free", "group_limited") else ""
+        own = " (its own is update_rate in router.options)" if r.name in WITH_OWN_BIAS else ""
         raise ConfigError(f"router.bias_rate={r.bias_rate} works with router.name={', '.join(WITH_BIAS)}, not {r.name}; set "
                           f"router.bias_rate=0{own}")
 

@@ -98,11 +98,16 @@ class ModelConfig:
 class RouterConfig:
     name: str = key("topk", "random, topk, switch, stochastic_topk, expert_choice, soft_moe, hash, shared_expert, top_p, "
                             "null_experts, deepseek_moe, loss_free, grouped, group_limited, sinkhorn, comet, dynmole, "
-                            "progressive or sigma_moe")
+                            "progressive, sigma_moe, moe_plus_plus, recurrent, chain or thor")
     balance_loss: float = key(0.01, "weight of the load-balancing loss (loads counted over all ranks)")
     z_loss: float = key(0.001, "weight of the router z-loss")
     bias_rate: float = key(0.0, "step of the auxiliary-loss-free balancing bias (0: off; 0.001 is usual; topk, "
                                 "shared_expert, deepseek_moe, grouped and progressive)")
+    bias_rule: str = key("sign", "how far the bias of an expert moves in a step: sign (bias_rate, whatever is missing) or "
+                                 "proportional (bias_rate times what is missing of its rows, at most bias_rate: it settles "
+                                 "nearer, and bears a larger rate)")
+    balance_to: str = key("equal", "what the bias or the balance loss aims at: equal (loads of all experts) or speed (loads "
+                                   "of ranks in proportion to their speed, which is measured or placement.speeds)")
     capacity_factor: Optional[float] = key(None, "rows an expert takes of one sequence, over the even share; "
                                                  "expert_choice, soft_moe: rows it always takes; all others: rows above "
                                                  "it are dropped (0: none is) "

@@ -13,7 +13,7 @@ import torch
 from moedist.config import Config
 from moedist.coordinator.facts import RankFacts
 from moedist.coordinator.meeting_points import experts_in_every_island
-from moedist.coordinator.planning import Cluster, Proposal, first_plan, next_plan, slots_of
+from moedist.coordinator.planning import Cluster, Proposal, first_plan, next_plan, slots_of, written_again
 from moedist.coordinator.protocol import agree
 from moedist.coordinator.sizes import STATES, Sizes
 from moedist.coordinator.speeds import RankTimes, SpeedTracker
@@ -29,13 +29,14 @@ class Coordinator:
 
     Args:
         facts: measured facts of every rank; None where the placement was written down: then nothing is ever re-planned.
+        fixed: that placement, where routers balance by speed: it stays, and their targets follow the measured speeds.
         state: what `state` returned when a checkpoint was written; {} at the start.
     """
 
     def __init__(self, world: World, config: Config, sizes: Sizes, facts: Sequence[RankFacts] | None = None,
-                 state: Mapping[str, Any] | None = None):
+                 state: Mapping[str, Any] | None = None, fixed: Plan | None = None):
         self.world, self.config, self.dedup = world, config.placement, config.dispatch.dedup
-        self.sizes, self.facts = sizes, facts
+        self.sizes, self.facts, self.fixed, self._aims = sizes, facts, fixed, config.router.balance_to == "speed"
         self.apart, self.why_apart = self._choose_meeting_points()
         self._tracker = SpeedTracker(facts) if facts else None
         self._loads = {int(i): torch.tensor(load, dtype=torch.float64) for i, load in (state or {}).get("loads", {}).items()}
@@ -50,7 +51,7 @@ class Coordinator:
             self.apart, self.why_apart = self._choose_meeting_points()
 
     def _choose_meeting_points(self) -> tuple[bool, str]:
-        if self.facts is None:
+        if self.facts is None or self.fixed is not None:
             return False, ""
         if self.world.size > 1 and self.world.groups is None:
             wanted = self.config.experts_in_every_island
@@ -72,6 +73,8 @@ class Coordinator:
             old: the plan of the checkpoint that is resumed on as many ranks; it stays unless another is clearly better.
         """
         def solve() -> Plan:
+            if self.fixed is not None:
+                return written_again(self.fixed, self._cluster(), self.sizes, self.config).plan
             if old is not None and len(self._loads) == len(self.sizes.moe_layers):
                 return next_plan(self._cluster(), self._mean_loads(), self.sizes, self.config, old, self._horizon).plan
             return first_plan(self._cluster(), self._mean_loads(), self.sizes, self.config).plan
@@ -83,7 +86,7 @@ class Coordinator:
         if not self.world.is_main:
             return
         if self._tracker is not None:
-            self._tracker.observe(times, self.sizes.calls)
+            self._tracker.observe(times, self.sizes.calls, self.sizes.expert_calls)
         for layer, load_WE in loads.items():
             load_E = load_WE.sum(0).double()
             mean = self._loads.get(layer, load_E)
@@ -145,7 +148,7 @@ class Coordinator:
         return self.config.replan_every or 1000
 
     def _cluster(self) -> Cluster:
-        return Cluster(tuple(self.facts), *self._tracker.speeds(), self.apart)
+        return Cluster(tuple(self.facts), *self._tracker.speeds(), self.apart, self._aims, self.fixed is not None)
 
     def _mean_loads(self) -> dict[int, list[float]]:
         return {i: load.tolist() for i, load in self._loads.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Mapping, Sequence
 
 from moedist.config import PlacementConfig
@@ -11,8 +11,8 @@ from moedist.coordinator.facts import RankFacts
 from moedist.coordinator.sizes import Sizes
 from moedist.coordinator.speeds import Speeds
 from moedist.errors import PlacementError
-from moedist.placement import (LayerPlan, Plan, Problem, Replan, bound, makespan, moved_placements, plan_batch, plan_layer,
-                               rank_loads, replan_layer, split_batch)
+from moedist.placement import (LayerPlan, Plan, Problem, Replan, bound, furthest, makespan, moved_placements, plan_batch,
+                               plan_layer, rank_loads, replan_layer, split_batch, target_shares)
 
 MEMORY_PART = 0.8  # of what is free: the rest is for buffers and what the allocator wastes
 
@@ -23,12 +23,16 @@ class Cluster:
 
     Attributes:
         apart: every island has all experts and keeps its tokens.
+        aims: routers balance by speed: plans have targets for them.
+        fixed: experts and batch stay where they were written down; only targets follow the speeds.
     """
 
     facts: tuple[RankFacts, ...]
     expert: Speeds
     dense: Speeds
     apart: bool = False
+    aims: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Size
                         for island in sorted(set(islands))) if cluster.apart else None
     work = {layer: sizes.work(layer, loads[layer]) for layer in sizes.moe_layers}
     return {layer: Problem(
-        loads=tuple(float(f) for f in work[layer]), speeds=cluster.expert.effective(max(sum(work[layer]), 1), sizes.calls),
+        loads=tuple(float(f) for f in work[layer]), speeds=cluster.expert.effective(max(sum(work[layer]), 1), sizes.expert_calls),
         slots=slots, islands=islands, max_copies=config.max_copies,
         copy_cost_s=2 * sizes.expert_bytes / min(links) if links else 0.0, hot_copies=config.hot_copies,
         island_rows=island_rows)
@@ -106,7 +110,7 @@ def batch_counts(cluster: Cluster, layers: Sequence[LayerPlan], sizes: Sizes, co
 def _with_experts(cluster: Cluster, dense_W: Sequence[float], sizes: Sizes) -> list[float]:
     """Tokens per second of every rank, its experts' part included: those of an island are as busy with its tokens as it can
     be made."""
-    expert_W = cluster.expert.effective(max(sizes.rows, 1), sizes.calls)
+    expert_W = cluster.expert.effective(max(sizes.rows, 1), sizes.expert_calls)
     per_token = len(sizes.moe_layers) * sizes.rows / sizes.tokens * sizes.mean_cost
     of_island = {}
     for island in {f.island for f in cluster.facts}:
@@ -122,7 +126,21 @@ def first_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]] | None, si
     found = problems(cluster, loads, sizes, config, batch_counts(cluster, [], sizes, config) if cluster.apart else ())
     layers = {layer: plan_layer(problem) for layer, problem in found.items()}
     counts = batch_counts(cluster, list(layers.values()), sizes, config)
-    return _proposal(found, layers, counts, None, cluster, "planned from measured speeds")
+    return _proposal(found, _aimed(found, layers, cluster, sizes), counts, None, cluster, "planned from measured speeds")
+
+
+def written_again(plan: Plan, cluster: Cluster, sizes: Sizes, config: PlacementConfig) -> Proposal:
+    """The plan that was written down, with the targets that these speeds make of it."""
+    even = {layer: [sizes.rows / sizes.experts] * sizes.experts for layer in sizes.moe_layers}
+    found = problems(cluster, even, sizes, config, split_batch(sizes.part, plan.batch_shares))
+    layers = _aimed(found, dict(plan.layers), cluster, sizes)
+    return _proposal(found, layers, plan.batch_shares, plan, cluster, "targets by speed")
+
+
+def _aimed(found: Mapping[int, Problem], layers: Mapping[int, LayerPlan], cluster: Cluster, sizes: Sizes) -> dict[int, LayerPlan]:
+    """The layers with targets for their routers, where those balance by speed."""
+    return {i: replace(layer, targets=target_shares(layer, found[i].speeds, sizes.costs.get(i)) if cluster.aims else ())
+            for i, layer in layers.items()}
 
 
 def next_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes, config: PlacementConfig, old: Plan,
@@ -133,24 +151,31 @@ def next_plan(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Siz
     found = problems(cluster, loads, sizes, config, old_counts)
     links = [f.alltoall_bytes_per_s for f in facts if f.alltoall_bytes_per_s > 0]
     move_s = 3 * sizes.expert_bytes / min(links) if links else 0.0  # weights and two moments
-    replans: dict[int, Replan] = {layer: replan_layer(problem, old.layer(layer), move_s, horizon, config.tolerance)
-                                  for layer, problem in found.items()}
-    before = sum(makespan(old.layer(layer), problem) for layer, problem in found.items())
+    placed = {layer: replace(old.layer(layer), targets=()) for layer in found}
+    replans: dict[int, Replan] = {} if cluster.fixed else {
+        layer: replan_layer(problem, placed[layer], move_s, horizon, config.tolerance) for layer, problem in found.items()}
+    before = sum(makespan(placed[layer], problem) for layer, problem in found.items())
     after = sum(r.makespan_s for r in replans.values())
     forced = any(r.forced for r in replans.values())
-    if after > (1 - config.tolerance) * before and not forced:  # not worth it for all layers together
-        layers = {layer: old.layer(layer) for layer in found}
+    if cluster.fixed or after > (1 - config.tolerance) * before and not forced:  # not worth it for all layers together
+        layers = placed
     else:
         layers = {layer: r.layer for layer, r in replans.items()}
     counts = batch_counts(cluster, list(layers.values()), sizes, config)
-    if _slowest(cluster, counts, sizes) > (1 - config.tolerance) * _slowest(cluster, old_counts, sizes):
+    if cluster.fixed or _slowest(cluster, counts, sizes) > (1 - config.tolerance) * _slowest(cluster, old_counts, sizes):
         counts = old_counts
     reasons = []
-    if any(layers[i] != old.layer(i) for i in layers):
+    moves = any(layers[i] != placed[i] for i in layers)
+    if moves:
         reasons.append(f"experts move: {_why_experts(cluster, old)}")
+    aimed = _aimed(found, layers, cluster, sizes)
+    if not moves and all(furthest(old.layer(i).targets, layer.targets) <= config.tolerance for i, layer in aimed.items()):
+        aimed = {i: old.layer(i) for i in layers}  # routers follow their targets slowly: those change with a reason alone
+    elif not moves:
+        reasons.append(f"routers aim at other loads: {_why_experts(cluster, old)}")
     if counts != old_counts:
         reasons.append(f"batch moves: {_why_batch(cluster, old_counts, counts, sizes)}")
-    return _proposal(found, layers, counts, old, cluster, "; ".join(reasons))
+    return _proposal(found, aimed, counts, old, cluster, "; ".join(reasons))
 
 
 def _slowest(cluster: Cluster, counts: Sequence[int], sizes: Sizes) -> float:
@@ -187,7 +212,7 @@ def _name(fact: RankFacts) -> str:
     return f"rank {fact.rank} ({fact.host}, {fact.device})"
 
 
-def _proposal(found: Mapping[int, Problem], layers: Mapping[int, LayerPlan], counts: Sequence[int], old: Plan | None,
+def _proposal(found: Mapping[int, Problem], layers: Mapping[int, LayerPlan], counts: Sequence[float], old: Plan | None,
               cluster: Cluster, reason: str) -> Proposal:
     ranks = len(cluster.facts)
     seconds = [0.0] * ranks

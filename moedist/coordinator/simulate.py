@@ -45,7 +45,7 @@ def predict(cluster: Cluster, plan: Plan, loads: Mapping[int, Sequence[float]], 
     expert_total, exchange, expert_W = 0.0, 0.0, np.zeros(ranks)
     for layer, placed in plan.layers:
         rows_W = rank_loads(placed, loads[layer], ranks)
-        seconds_W = cluster.expert.seconds_of_all(rows_W, sizes.calls)
+        seconds_W = cluster.expert.seconds_of_all(rows_W, sizes.expert_calls)
         expert_W += seconds_W
         expert_total += float(seconds_W.max())
         among = [np.array(placed.islands) == island for island in set(placed.islands)] or [np.ones(ranks, dtype=bool)]
@@ -64,7 +64,7 @@ def _exchange_s(cluster: Cluster, rows_W: np.ndarray, counts_W: np.ndarray, size
     batch_W, load_W = counts_W / counts_W.sum(), rows_W / rows_W.sum()
     away_W = np.maximum(batch_W * (1 - load_W), load_W * (1 - batch_W)) * rows_W.sum()  # between this rank and others
     linked = bytes_per_s_W > 0
-    seconds_W = sizes.calls * latency_W + away_W * sizes.row_bytes / np.where(linked, bytes_per_s_W, 1.0)
+    seconds_W = sizes.expert_calls * latency_W + away_W * sizes.row_bytes / np.where(linked, bytes_per_s_W, 1.0)
     return EXCHANGES * float(seconds_W[linked].max(initial=0.0))
 
 
@@ -86,7 +86,7 @@ def _sync_s(cluster: Cluster, plan: Plan, sizes: Sizes) -> float:
 def bound_s(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Sizes) -> tuple[float, float]:
     """(dense, expert) seconds of a step if work could be cut without limit: no plan is faster."""
     dense = cluster.dense.least_s(sizes.tokens, sizes.calls)
-    return dense, sum(cluster.expert.least_s(sum(load), sizes.calls) for load in loads.values())
+    return dense, sum(cluster.expert.least_s(sum(load), sizes.expert_calls) for load in loads.values())
 
 
 def equal_plan_of(ranks: int, sizes: Sizes) -> Plan:

@@ -21,6 +21,7 @@ class Sizes:
     Attributes:
         experts, moe_layers: as configured; `moe_layers` are indices of blocks.
         rows_per_token: expert rows of a layer per token, as its router expects them.
+        iterations: how often tokens go through a layer in one forward pass.
         part, calls: sequences of one forward pass over all ranks, and forward passes of a step.
         sequence: tokens of a sequence.
         hidden: hidden width of an expert, mean.
@@ -43,6 +44,7 @@ class Sizes:
     token_bytes: int
     row_bytes: int
     costs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    iterations: int = 1
 
     @classmethod
     def of(cls, config: Config, vocab: int) -> "Sizes":
@@ -58,11 +60,12 @@ class Sizes:
             + len(moe) * (router_size + gate * m.width * m.expert_hidden * m.shared_experts)
         low = 2 if t.dtype in ("bfloat16", "float16") else value
         # per block: norms and residuals, q, k, v, attention's result, rows in and out with their hidden values
-        rows = router.most_rows_per_token()
+        rows = router.most_rows_per_token() / router.draws  # all else doubles with the draws too
         block = m.width * (2 * value + 4 * low) + math.ceil(rows * (2 * m.width + (gate - 1) * m.expert_hidden) * low)
-        per_token = (m.width * value * m.layers if m.recompute else block * m.layers) + block
-        return cls(m.experts, router.expected_rows_per_token(), tuple(moe), t.batch // t.accumulate, t.accumulate, config.data.sequence_length,
-                   m.expert_hidden, gate * m.width * m.expert_hidden * value, dense * value, per_token, m.width * low)
+        per_token = router.draws * ((m.width * value * m.layers if m.recompute else block * m.layers) + block)
+        return cls(m.experts, router.expected_rows_per_token(), tuple(moe), t.batch // t.accumulate, t.accumulate,
+                   config.data.sequence_length, m.expert_hidden, gate * m.width * m.expert_hidden * value, dense * value,
+                   per_token, m.width * low, iterations=router.iterations)
 
     def compressed(self, forms: Mapping[int, Mapping[int, ExpertForm]], value_bytes: int) -> "Sizes":
         """With experts as they are stored now.
@@ -93,6 +96,11 @@ class Sizes:
     def tokens(self) -> int:
         """Tokens of a step."""
         return self.part * self.calls * self.sequence
+
+    @property
+    def expert_calls(self) -> int:
+        """Times that the experts of a layer are called in a step, forward and backward."""
+        return self.calls * self.iterations
 
     @property
     def rows(self) -> int:

@@ -127,11 +127,11 @@ class SpeedTracker:
         self._dense_timed = [f.device == "cpu" for f in facts]
         self._seen = [tuple(deque[float](maxlen=WINDOW) for _ in range(2)) for _ in facts]
 
-    def observe(self, times: RankTimes, calls: int) -> None:
-        """Take in one step, of `calls` forward and backward passes."""
+    def observe(self, times: RankTimes, calls: int, expert_calls: int | None = None) -> None:
+        """Take in one step, of `calls` forward and backward passes, and `expert_calls` (None: as many) of each layer's experts."""
         for r, (expert, dense) in enumerate(self._seen):
             layers = [rows[r] for rows in (times.work or times.rows).values()]
-            predicted = sum(self._expert.seconds(r, rows, calls) for rows in layers)
+            predicted = sum(self._expert.seconds(r, rows, expert_calls or calls) for rows in layers)
             if predicted:
                 expert.append(times.expert_s[r] / predicted)
             if times.tokens[r] and self._dense_timed[r]:

@@ -52,17 +52,19 @@ def start_plan(config: Config, world: World, transport: Transport, vocab: int, w
     sizes, state = sizes_of(config, vocab, forms), (meta or {}).get("coordinator")
     if written is not None:
         world.refuse_unequal("plan", written.sha256, "check that all ranks run the same moedist and configuration")
-        return written, Coordinator(world, config, sizes, state=state)
+        if config.router.balance_to == "equal" or world.size == 1:
+            return written, Coordinator(world, config, sizes, state=state)
     facts = measured_facts(config, world, transport, vocab, sizes, say)
-    coordinator = Coordinator(world, config, sizes, facts, state)
+    coordinator = Coordinator(world, config, sizes, facts, state, written)
     if coordinator.why_apart:
         say(f"islands meet {meeting(coordinator.apart)}: {coordinator.why_apart}")
     old = Plan.from_json(meta["plan"]) if meta and meta["world_size"] == world.size else None
     plan, why_not = coordinator.first_plan(old)
     if plan is None:
-        what = "experts and batch are placed equally" if old is None else "the plan stays that of the checkpoint"
+        what = "routers balance equally" if written else "experts and batch are placed equally" if old is None else \
+            "the plan stays that of the checkpoint"
         say(f"warning: {what}, because the ranks could not agree on another: {why_not}")
-        plan = old or equal_plan(config, world.size)
+        plan = written or old or equal_plan(config, world.size)
     return plan, coordinator
 
 

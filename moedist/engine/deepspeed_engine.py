@@ -19,7 +19,7 @@ from torch import nn
 from moedist.config import EngineConfig, TrainConfig
 from moedist.engine.deepspeed_config import deepspeed_json, zero_stage
 from moedist.engine.deepspeed_start import start_deepspeed
-from moedist.engine.forward import Reports, hidden_states, loss_sum
+from moedist.engine.forward import Reports, drawn, hidden_states, losses_of_draws, with_consistency
 from moedist.engine.interface import DenseGradients, Engine
 from moedist.engine.optimizer import build_optimizer, dense_groups, make_state, moments_of, set_updates
 from moedist.engine.zero_state import ZeroState
@@ -144,8 +144,9 @@ class _WithLoss(nn.Module):
         self.model, self.loss = model, _Loss(model)
 
     def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Reports]:
-        hidden, reports = hidden_states(self.model, batch, dtype)
-        return self.loss(hidden, targets_GS, dtype), reports
+        hidden, reports = hidden_states(self.model, drawn(batch, self.model.draws), dtype)
+        loss, apart = self.loss(hidden, targets_GS, dtype)
+        return loss, with_consistency(reports, apart)
 
 
 class _Loss(nn.Module):
@@ -155,5 +156,7 @@ class _Loss(nn.Module):
         super().__init__()
         self._model = (model,)  # a tuple hides it from nn.Module
 
-    def forward(self, hidden_GSD: torch.Tensor, targets_GS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return loss_sum(hidden_GSD, self._model[0].head_weight, targets_GS, dtype)
+    def forward(self, hidden_GSD: torch.Tensor, targets_GS: torch.Tensor,
+                dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        model = self._model[0]
+        return losses_of_draws(hidden_GSD, model.head_weight, targets_GS, dtype, model.draws)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moedist.config import TrainConfig
-from moedist.engine.forward import Reports, forward_loss
+from moedist.engine.forward import Reports, training_loss
 from moedist.engine.interface import DenseGradients, Engine, gradient_of
 from moedist.engine.optimizer import build_optimizer, dense_groups, make_state, moments_of, set_updates
 from moedist.model import Batch, Transformer
@@ -23,7 +23,7 @@ class TorchEngine(Engine):
         make_state(self.optimizer, self.dense.values(), config)
 
     def forward(self, batch: Batch, targets_GS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Reports]:
-        return forward_loss(self.model, batch, targets_GS, self.world.device, dtype)
+        return training_loss(self.model, batch, targets_GS, self.world.device, dtype)
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss * self.scale).backward()

@@ -5,10 +5,11 @@ G sequences of S tokens on this rank, T = G*S, D width, E experts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 from moedist.dispatch import AnyDispatcher
 from moedist.model.bank import Bank
 from moedist.model.feed_forward import FeedForward
-from moedist.routing import Assignment, Router, RouterInput, balance_loss_sum, most_trusted
+from moedist.routing import Assignment, Router, RouterInput, balance_loss_sum, mix_seeds, most_trusted
 from moedist.timing import Meter, region
 
 Watch = Callable[[torch.Tensor, torch.Tensor, list[int], Assignment], torch.Tensor]
@@ -44,6 +45,21 @@ class LayerReport:
     carried: torch.Tensor | None = None
 
 
+def joined(reports: Sequence[LayerReport]) -> LayerReport:
+    """One report of several passes through a layer: sums, and what the last one hands on."""
+    first, *others = reports
+    for report in others:
+        first = LayerReport(_summed(first.aux_losses, report.aux_losses), _summed(first.stats, report.stats),
+                            first.load_WE + report.load_WE, first.rows_P + report.rows_P,
+                            [a + b for a, b in zip(first.rows_W, report.rows_W)], first.demand_E + report.demand_E,
+                            report.carried)
+    return first
+
+
+def _summed(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value + b[name] for name, value in a.items()}
+
+
 class MoELayer(nn.Module):
     """A drop-in feed-forward whose experts live on the ranks that the plan names.
 
@@ -51,7 +67,7 @@ class MoELayer(nn.Module):
     replicated.
 
     Attributes:
-        watch: None, or called once in every forward pass with (rows that arrived, what their experts made of them, rows of
+        watch: None, or called once in every forward pass (of an iteration, where there are several) with (rows that arrived, what their experts made of them, rows of
             each local expert, what the router of this rank wanted); what it returns takes the place of the experts' results.
             Set on all ranks or on none: rows then travel by `Dispatcher.plain`, which the watch may use too.
         restored: of experts in few bits, at how many of a token's, by router weight, their compensators are used; None: all.
@@ -70,6 +86,8 @@ class MoELayer(nn.Module):
         """Take other experts, and the dispatcher that knows where all are."""
         self._bank = (bank,)  # a tuple hides it from nn.Module
         self.dispatcher = dispatcher
+        targets = dispatcher.layout.plan.targets
+        self.router.targets_E = torch.tensor(targets, dtype=torch.float64) if targets else None
 
     @property
     def bank(self) -> Bank:
@@ -77,6 +95,17 @@ class MoELayer(nn.Module):
 
     def forward(self, inputs: RouterInput) -> tuple[torch.Tensor, LayerReport]:
         """([G, S, D] output, report). Every rank must call it, with zero sequences too."""
+        if self.router.iterations == 1:
+            return self._once(inputs, self.shared)
+        x_GSD, reports = inputs.x_GSD, []
+        for t in range(self.router.iterations):  # of Chain-of-Experts, which has the residual inside
+            y_GSD, report = self._once(dataclasses.replace(inputs, x_GSD=x_GSD, seed=mix_seeds(inputs.seed, t), iteration=t),
+                                       None if t else self.shared)
+            x_GSD = x_GSD + y_GSD
+            reports.append(report)
+        return x_GSD, joined(reports)
+
+    def _once(self, inputs: RouterInput, shared_experts: FeedForward | None) -> tuple[torch.Tensor, LayerReport]:
         x_GSD = inputs.x_GSD
         with region("route"):
             routed = self.router(inputs)
@@ -96,7 +125,7 @@ class MoELayer(nn.Module):
         dispatcher = self.dispatcher if self.watch is None else self.dispatcher.plain
         finish, loads = dispatcher.run(source.flatten(0, 1), routed.token_ids_N, routed.expert_ids_N, routed.weights_N,
                                        routed.demand_E, experts, *flags)
-        shared = None if self.shared is None else self.shared(x_GSD)  # while rows travel back
+        shared = None if shared_experts is None else shared_experts(x_GSD)  # while rows travel back
         y = finish().view_as(source)
         named.close()
         if routed.mix_out is not None:
@@ -110,5 +139,5 @@ class MoELayer(nn.Module):
         demand_E = loads.extra_W.sum(0)
         aux = dict(routed.aux_losses)
         if routed.prob_sum_E is not None:
-            aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device))
+            aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device), self.router.balance_targets())
         return y, LayerReport(aux, routed.stats, loads.load_WE, loads.rows_P, loads.rows_W, demand_E, routed.carried)

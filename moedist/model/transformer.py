@@ -148,9 +148,10 @@ class Transformer(nn.Module):
                               f"model.vocab={vocab} or more, or null")
         whole = ExpertForm.dense(m.width, m.expert_hidden, ACTIVATIONS[m.activation] == 2)
         self.banks: dict[int, Bank] = _Hidden()
-        blocks = []
+        blocks, first = [], None
         # a row of Soft MoE mixes tokens for one expert
-        rows_per_token = 1.0 if config.router.name == "soft_moe" else router_of(config).most_rows_per_token()
+        rows_per_token = 1.0 if config.router.name == "soft_moe" else (asked := router_of(config)).most_rows_per_token() / (
+            asked.iterations * asked.draws)
         sharing = choose_sharing(config.dispatch, transport, rows_per_token)
         for i in range(m.layers):
             if i in config.moe_layers():
@@ -159,6 +160,10 @@ class Transformer(nn.Module):
                 local = [of_layer.get(e, whole) for e in layout.local_experts]
                 bank = self.banks[i] = build_bank(i, layout.local_experts, local, m.width, m.activation, device, dtype)
                 router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
+                if first is None:
+                    first = router
+                else:
+                    router.follow(first)
                 shared = FeedForward(m.width, m.expert_hidden * m.shared_experts, m.activation) \
                     if m.shared_experts else None
                 dispatcher = build_dispatcher(layout, transport, device, sharing, None if meter is None else (i, meter))
@@ -184,6 +189,11 @@ class Transformer(nn.Module):
     def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
         """(index of the block, its MoE layer)."""
         return ((i, block.ffn) for i, block in enumerate(self.layers) if isinstance(block.ffn, MoELayer))
+
+    @property
+    def draws(self) -> int:
+        """Passes that a training batch makes, see `Router.draws`."""
+        return max((layer.router.draws for _, layer in self.moe_layers()), default=1)
 
     @property
     def causal(self) -> bool:
@@ -223,7 +233,8 @@ class Transformer(nn.Module):
         out_std = std / (2 * self.m.layers) ** 0.5  # GPT-2: residual writers shrink with depth
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                fill_normal(p, out_std if name.endswith(("wo.weight", "w_out.weight")) else std, seed, name)
+                usual = out_std if name.endswith(("wo.weight", "w_out.weight")) else std
+                fill_normal(p, getattr(p, "init_std", usual), seed, name)  # a router may know better
         for bank in self.banks.values():
             bank.initialise(seed, std, out_std)
 

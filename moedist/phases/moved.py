@@ -46,7 +46,7 @@ def counting(model: Transformer) -> Iterator[Routed]:
 
     def seen(layer: int, moe: MoELayer):
         def hook(_, inputs: tuple, assignment: Assignment) -> None:
-            if layer == first:
+            if layer == first and not inputs[0].iteration:
                 routed.tokens += inputs[0].vocab_ids_GS.numel()
             experts = moe.router.experts
             trusted = torch.ones_like(assignment.expert_ids_N, dtype=torch.bool)

@@ -9,8 +9,9 @@ from moedist.placement.problem import Problem
 from moedist.placement.replan import Replan, replan_layer
 from moedist.placement.shares import equal_counts, split_batch
 from moedist.placement.solve import plan_layer
+from moedist.placement.targets import furthest, target_shares
 from moedist.placement.token_shares import best_shares
 
-__all__ = ["LayerPlan", "Plan", "Problem", "Replan", "best_shares", "bound", "equal_counts", "equal_layer", "lpt_layer",
-           "makespan", "moved_placements", "plan_batch", "plan_from_config", "plan_layer", "proportional_layer", "rank_loads",
-           "replan_layer", "split_batch"]
+__all__ = ["LayerPlan", "Plan", "Problem", "Replan", "best_shares", "bound", "equal_counts", "equal_layer", "furthest",
+           "lpt_layer", "makespan", "moved_placements", "plan_batch", "plan_from_config", "plan_layer", "proportional_layer",
+           "rank_loads", "replan_layer", "split_batch", "target_shares"]

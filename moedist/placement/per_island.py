@@ -19,7 +19,7 @@ def join_islands(islands: Sequence[int], layers: Mapping[int, LayerPlan], rows: 
         rows: part of all rows that comes from the ranks of each island; they sum to one.
 
     >>> join_islands([0, 1, 1], {0: LayerPlan.single([0, 0]), 1: LayerPlan.single([0, 1])}, {0: 0.25, 1: 0.75})
-    LayerPlan(owners=((0, 1), (0, 2)), shares=((0.25, 0.75), (0.25, 0.75)), islands=(0, 1, 1))
+    LayerPlan(owners=((0, 1), (0, 2)), shares=((0.25, 0.75), (0.25, 0.75)), islands=(0, 1, 1), targets=())
     """
     members = members_of(islands)
     owners, shares = [], []

@@ -23,11 +23,14 @@ class LayerPlan:
         shares: for every expert, the part of its rows that each of those ranks takes, summing to one.
         islands: island of every rank where each island has every expert and no row leaves its island; else empty. Of an
             island's rows, its owners then take parts as large as their shares are to each other.
+        targets: for every expert, the part of the rows that its router is to aim at, above 0, summing to one (see
+            `moedist.placement.targets`); empty: equal parts.
     """
 
     owners: tuple[tuple[int, ...], ...]
     shares: tuple[tuple[float, ...], ...]
     islands: tuple[int, ...] = ()
+    targets: tuple[float, ...] = ()
 
     @classmethod
     def single(cls, owner_of_expert: Sequence[int]) -> "LayerPlan":
@@ -89,6 +92,10 @@ class Plan:
         for index, layer in self.layers:
             if layer.islands and len(layer.islands) != self.world_size:
                 raise PlacementError(f"layer {index}: {len(layer.islands)} islands for {self.world_size} ranks; give one per rank")
+            if layer.targets and (len(layer.targets) != layer.experts or min(layer.targets) <= 0
+                                  or abs(sum(layer.targets) - 1) > 1e-6):
+                raise PlacementError(f"layer {index}: {len(layer.targets)} targets for {layer.experts} experts, "
+                                     f"{list(layer.targets)}; give one per expert, above 0, summing to 1")
             for e, (ranks, shares) in enumerate(zip(layer.owners, layer.shares)):
                 if not ranks:
                     raise PlacementError(f"layer {index}: expert {e} has no owner; every expert needs a rank")
@@ -110,8 +117,7 @@ class Plan:
         """Canonical JSON; `from_json` reads it back equal up to rounding of floats to 9 digits."""
         tree = {
             "world_size": self.world_size,
-            "layers": [[i, [list(o) for o in p.owners], [_rounded(s) for s in p.shares], *([list(p.islands)] if p.islands else [])]
-                       for i, p in self.layers],
+            "layers": [[i, [list(o) for o in p.owners], [_rounded(s) for s in p.shares], *_more(p)] for i, p in self.layers],
             "batch_shares": _rounded(self.batch_shares),
             "speeds": _rounded(self.speeds),
             "predicted_ms": _rounded(self.predicted_ms),
@@ -121,8 +127,8 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         tree = json.loads(text)
-        layers = tuple((i, LayerPlan(tuple(map(tuple, owners)), tuple(map(tuple, shares)), *map(tuple, islands)))
-                       for i, owners, shares, *islands in tree["layers"])
+        layers = tuple((i, LayerPlan(tuple(map(tuple, owners)), tuple(map(tuple, shares)), *map(tuple, more)))
+                       for i, owners, shares, *more in tree["layers"])
         return cls(tree["world_size"], layers, tuple(tree["batch_shares"]), tuple(tree["speeds"]),
                    tuple(tree["predicted_ms"]))
 
@@ -139,6 +145,13 @@ def moved(old: LayerPlan, new: LayerPlan) -> int:
 def moved_placements(old: Plan, new: Plan) -> int:
     """The same over all layers of a model."""
     return sum(moved(old.layer(i), layer) for i, layer in new.layers)
+
+
+def _more(layer: LayerPlan) -> list[list[float]]:
+    """What most layers have not: islands, then targets."""
+    if layer.targets:
+        return [list(layer.islands), _rounded(layer.targets)]
+    return [list(layer.islands)] if layer.islands else []
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

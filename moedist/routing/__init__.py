@@ -8,10 +8,12 @@ import dataclasses
 import torch
 
 from moedist.config import Config, RouterConfig
+from moedist.errors import ConfigError
 from moedist.routing.base import Assignment, Router, RouterInput
 from moedist.routing.comet import CometRouter
 from moedist.routing.deepseek_moe import DeepSeekMoERouter
 from moedist.routing.dynmole import DynMoLERouter
+from moedist.routing.chain import ChainRouter
 from moedist.routing.expert_choice import ExpertChoiceRouter
 from moedist.routing.group_limited import GroupLimitedRouter
 from moedist.routing.grouped import GroupedRouter
@@ -21,7 +23,9 @@ from moedist.routing.losses import balance_loss_sum
 from moedist.routing.noise import mix_seeds
 from moedist.routing.null_experts import NullExpertsRouter
 from moedist.routing.progressive import ProgressiveRouter
+from moedist.routing.moe_plus_plus import MoEPlusPlusRouter
 from moedist.routing.random import RandomRouter
+from moedist.routing.recurrent import RecurrentRouter
 from moedist.routing.shared_expert import SharedExpertRouter
 from moedist.routing.sigma_moe import SigmaMoERouter
 from moedist.routing.sinkhorn import SinkhornRouter
@@ -29,6 +33,7 @@ from moedist.routing.soft_moe import SoftMoERouter
 from moedist.routing.stochastic_topk import StochasticTopKRouter
 from moedist.routing.switch import SwitchRouter
 from moedist.routing.top_p import TopPRouter
+from moedist.routing.thor import ThorRouter
 from moedist.routing.topk import TopKRouter
 from moedist.routing.trust import most_trusted
 
@@ -52,6 +57,10 @@ ROUTERS: dict[str, type[Router]] = {
     "dynmole": DynMoLERouter,
     "progressive": ProgressiveRouter,
     "sigma_moe": SigmaMoERouter,
+    "moe_plus_plus": MoEPlusPlusRouter,
+    "recurrent": RecurrentRouter,
+    "chain": ChainRouter,
+    "thor": ThorRouter,
 }
 
 
@@ -82,6 +91,14 @@ def describe_options() -> str:
 
 def check_router(config: Config) -> None:
     """Raise ConfigError where the router's options are unknown or do not go with the model; before any process starts."""
+    r = config.router
+    if r.balance_to == "speed" and not ROUTERS[r.name].balances:
+        balancing = ", ".join(name for name, router in sorted(ROUTERS.items()) if router.balances)
+        raise ConfigError(f"router.balance_to=speed: router {r.name} has loads that no bias or loss changes; set "
+                          f"router.balance_to=equal, or router.name to one of {balancing}")
+    if ROUTERS[r.name].shares_weights and config.engine.zero_stage == 3:
+        raise ConfigError(f"router {r.name} has weights that several layers use, which ZeRO-3 would have partitioned in between; "
+                          "set engine.zero_stage=2")
     router_of(config)
 
 

@@ -32,6 +32,7 @@ class RouterInput:
         seed: changes with the step and the layer.
         training: False in evaluation and generation, where exploration noise is off.
         carried: what the router of the MoE layer before has handed on, [T, any]; None in the first.
+        iteration: which pass through the layer this is, from 0 to `Router.iterations` - 1.
     """
 
     x_GSD: torch.Tensor
@@ -40,6 +41,7 @@ class RouterInput:
     seed: int
     training: bool
     carried: Optional[torch.Tensor] = None
+    iteration: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Assignment:
         token_ids_N: int64, ascending; with `mix_in`, the index of a mixed row instead of a token.
         expert_ids_N: int64.
         weights_N: float32 or float64; carries the router's gradient.
-        demand_E: int64 rows each expert was wanted for, before capacity dropped any.
+        demand_E: int64 rows each expert was wanted for, before capacity dropped any; then those of the free ones.
         prob_sum_E: router probabilities summed over local tokens, for the balance loss; None where the router has none.
         aux_losses: name -> sum over local tokens of another loss, unweighted (see `Router.loss_weights`).
         stats: name -> detached sum over local tokens, for metrics.
@@ -87,9 +89,22 @@ class Router(nn.Module):
         options: those of this router.
         causal: False where a token's route depends on later tokens of its sequence: perplexity is then optimistic, and
             generation differs from training.
+        balances: whether a bias or the balance loss can change its loads.
+        targets_E: part of the rows that each expert is to get (CPU), as the plan in force says; None: equal parts. Set by the
+            layer, not saved: the plan is.
+        free_experts: how many entries `demand_E` has beyond the E, for experts that need no computing.
+        shares_weights: whether routers of several layers use the same weights.
+        iterations: how often tokens go through the layer, one pass after the other.
+        draws: how often a batch goes through the whole model in a training pass, with other noise each time.
     """
 
     causal = True
+    balances = True
+    shares_weights = False
+    free_experts = 0
+    iterations = 1
+    draws = 1
+    targets_E: Optional[torch.Tensor] = None
     Options: ClassVar[type] = NoOptions
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
@@ -113,6 +128,9 @@ class Router(nn.Module):
             demand_E: int64 rows that wanted each expert in that step, over all ranks (CPU).
         """
 
+    def follow(self, first: "Router") -> None:
+        """Called on the router of every MoE layer but the first, with that of the first: what is shared is that one's."""
+
     def most_rows_per_token(self) -> float:
         """Rows of a batch over its tokens, at most: for memory."""
         return float(self.top_k)
@@ -120,6 +138,24 @@ class Router(nn.Module):
     def expected_rows_per_token(self) -> float:
         """The same once loads are balanced and whatever is scheduled is over: for planning."""
         return float(self.top_k)
+
+    def balance_targets(self) -> Optional[torch.Tensor]:
+        """Part of the rows that each entry of `demand_E` is to have, by which the balance loss goes; None: equal."""
+        return self.targets_E
+
+    def aimed_at(self, demand_E: torch.Tensor) -> torch.Tensor:
+        """[E] (float64) rows that each expert should have got of these, by the targets: what a bias moves towards."""
+        total, targets = demand_E.sum().double(), self.balance_targets()
+        if targets is None:
+            return (total / len(demand_E)).expand(len(demand_E))
+        return total * targets.to(total)
+
+    def bias_step(self, demand_E: torch.Tensor, rate: float) -> torch.Tensor:
+        """[E] (float64) change of a balancing bias after a step with these rows, see `router.bias_rule`; `rate` at most."""
+        missing_E = (aimed_E := self.aimed_at(demand_E)) - demand_E
+        if self.config.bias_rule == "sign":
+            return rate * torch.sign(missing_E)
+        return rate * (missing_E / aimed_E.clamp(min=1e-9)).clamp(-1, 1)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, experts={self.experts}, top_k={self.top_k}"

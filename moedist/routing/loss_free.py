@@ -68,6 +68,5 @@ class LossFreeRouter(Router):
 
     @torch.no_grad()
     def after_step(self, demand_E: torch.Tensor) -> None:
-        """Move the bias one step towards equal loads."""
-        load = demand_E.to(self.bias)
-        self.bias += self.options.update_rate * torch.sign(load.mean() - load)
+        """Move the bias one step towards equal loads, or those that the plan aims at."""
+        self.bias += self.bias_step(demand_E, self.options.update_rate).to(self.bias)

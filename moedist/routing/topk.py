@@ -15,8 +15,8 @@ class TopKRouter(Router):
     """Top-k softmax routing as in Mixtral (Jiang et al. 2024, arXiv 2401.04088, section 2.1).
 
     With `bias_rate` > 0 a bias per expert is added to the score that chooses (not to the weight) and moves after every
-    step by `bias_rate` towards equal loads: auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664,
-    algorithm 1). The bias is state of the model, the same on every rank.
+    step by `bias_rate` towards equal loads (or targets, see `Router`): auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664,
+    algorithm 1; its section 4.3 has the proportional rule). The bias is state of the model, the same on every rank.
     """
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
@@ -47,7 +47,6 @@ class TopKRouter(Router):
 
     @torch.no_grad()
     def after_step(self, demand_E: torch.Tensor) -> None:
-        """Move the bias one step towards equal loads."""
+        """Move the bias one step towards equal loads, or those that the plan aims at."""
         if self.config.bias_rate:
-            load = demand_E.to(self.bias)
-            self.bias += self.config.bias_rate * torch.sign(load.mean() - load)
+            self.bias += self.bias_step(demand_E, self.config.bias_rate).to(self.bias)

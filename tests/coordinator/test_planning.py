@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from moedist.config import PlacementConfig, config_from_dict
-from moedist.coordinator.planning import Cluster, first_plan, next_plan
+from moedist.coordinator.planning import Cluster, first_plan, next_plan, written_again
 from moedist.coordinator.sizes import Sizes
 from moedist.coordinator.speeds import Speeds
 from moedist.errors import PlacementError
-from moedist.placement import Plan, split_batch
+from moedist.placement import LayerPlan, Plan, rank_loads, split_batch
 from tests.coordinator.ranks_of import facts_of
 
 CONFIG = config_from_dict({"data": {"sequence_length": 16}, "train": {"batch": 16},
@@ -182,3 +182,34 @@ def test_islands_that_keep_their_tokens_are_planned_again_each_for_itself():
     assert held(apart.plan) == [8, 8], "a plan whose tokens travel does not stay"
     back = next_plan(cluster([100, 300], islands=[0, 1]), EVEN, SIZES, PLACEMENT, apart.plan, 100)
     assert held(back.plan) == [2, 6] and back.plan.layer(0).islands == ()
+
+
+def aiming(found: Cluster, **more) -> Cluster:
+    return dataclasses.replace(found, aims=True, **more)
+
+
+def test_plans_for_routers_that_balance_by_speed_have_targets_and_stay_while_loads_go_there():
+    """10 experts for speeds 4 : 2 : 1: counts 6, 3, 1 do not fill the ranks evenly, targets do; on the way from even loads to
+    them nothing is moved, and the targets do not change."""
+    sizes, placement = dataclasses.replace(SIZES, experts=10), PlacementConfig(tolerance=0.03)
+    even = {i: [ROWS / 10] * 10 for i in (0, 1)}
+    plan = first_plan(aiming(cluster([400, 200, 100])), even, sizes, placement).plan
+    for _, layer in plan.layers:
+        assert rank_loads(layer, layer.targets, 3) == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=1e-6)
+    for part in (0.0, 0.3, 0.6, 0.9, 1.0):
+        loads = {i: [ROWS * (part * q + (1 - part) / 10) for q in layer.targets] for i, layer in plan.layers}
+        found = next_plan(aiming(cluster([400, 200, 100])), loads, sizes, placement, plan, 100)
+        assert found.stays and found.plan.layers == plan.layers, part
+    assert not first_plan(cluster([400, 200, 100]), even, sizes, placement).plan.layer(0).targets
+
+
+def test_targets_follow_speeds_that_change_and_little_changes_leave_them():
+    written = Plan(2, tuple((i, LayerPlan.single([0] * 4 + [1] * 4)) for i in (0, 1)), (1.0, 1.0))
+    plan = written_again(written, aiming(cluster([300, 100]), fixed=True), SIZES, PLACEMENT).plan
+    assert [layer.owners for _, layer in plan.layers] == [layer.owners for _, layer in written.layers]
+    assert plan.layer(0).targets == (0.1875,) * 4 + (0.0625,) * 4 and plan.speeds == (300, 100)
+    assert next_plan(aiming(cluster([300, 101]), fixed=True), EVEN, SIZES, PLACEMENT, plan, 100).stays
+    found = next_plan(aiming(cluster([100, 100]), fixed=True), EVEN, SIZES, PLACEMENT, plan, 100)
+    assert found.plan.layer(0).targets == (0.125,) * 8 and found.moved == 0
+    assert held(found.plan) == [4, 4] and split_batch(16, found.plan.batch_shares) == [8, 8]
+    assert found.reason.startswith("routers aim at other loads: rank 0 ") and "0.33 times the 300" in found.reason

@@ -105,3 +105,15 @@ def test_without_agreement_the_plan_is_the_old_or_an_equal_one_and_people_are_to
     instead = "the plan stays that of the checkpoint" if old else "experts and batch are placed equally"
     assert said[-1].startswith(f"warning: {instead}")
     assert "8 experts a layer do not fit" in said[-1]
+
+
+def test_a_written_plan_has_targets_where_routers_balance_by_speed():
+    given = ["placement.counts=[4,4]", "router.balance_to=speed"]
+    plan, _, speeds, said = everywhere(run_ranks(2, started, [*given, "placement.speeds=[3,1]"], None))
+    assert counts(plan) == [4, 4] and speeds == [3, 1] == list(plan.speeds) and "given" in said[0]
+    assert plan.layer(0).targets == plan.layer(1).targets == (0.1875,) * 4 + (0.0625,) * 4
+    plan, _, speeds, _ = everywhere(run_ranks(2, started, [*given, "placement.probe_s=0.2"], None))
+    assert counts(plan) == [4, 4] and min(speeds) > 0 and sum(plan.layer(0).targets) == pytest.approx(1)
+    plan, _, _, said = everywhere(run_ranks(2, started, [*given, "placement.speeds=[1,0]"], None))
+    assert counts(plan) == [4, 4] and not plan.layer(0).targets
+    assert "warning: routers balance equally" in said[-1] and "rank 1 has experts [4, 5, 6, 7] but speed 0" in said[-1]

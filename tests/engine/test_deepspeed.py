@@ -77,7 +77,9 @@ def test_thirty_steps_of_adamw(tmp_path, ranks, stage):
 @pytest.mark.parametrize("stage, offload, case", [
     (3, "none", {"model": OTHER_MODEL}), (3, "none", {"router": {"name": "soft_moe"}}),
     (3, "none", {"router": {"name": "shared_expert", "bias_rate": 0.01}, "model": {"shared_experts": 1}}),
-    (3, "none", {"router": {"name": "hash"}}), (2, "none", {"model": OTHER_MODEL, "accumulate": 1}),
+    (3, "none", {"router": {"name": "hash"}}), (3, "none", {"router": {"name": "thor"}}),
+    (3, "none", {"router": {"name": "moe_plus_plus"}}), (2, "none", {"router": {"name": "recurrent"}}),
+    (3, "none", {"router": {"name": "chain"}}), (2, "none", {"model": OTHER_MODEL, "accumulate": 1}),
     (1, "cpu", {}), (2, "cpu", {}), (3, "cpu", {})], ids=str)
 def test_other_models_routers_and_offload(tmp_path, stage, offload, case):
     """ZeRO-3 must gather whatever module a parameter is used in; offloading changes where gradients are found."""

@@ -16,6 +16,7 @@ GIVEN: dict[str, dict[str, dict[str, Any]]] = {
     "comet": {"router": {"options": {"permutation_steps": 10}}},
     "progressive": {"router": {"options": {"steps": 16}}},
     "sigma_moe": {"router": {"options": {"expert_dropout": 0.2}}},
+    "recurrent": {"router": {"options": {"state": 6}}},
 }
 
 
@@ -35,4 +36,5 @@ def fitting_options(name: str, experts: int, top_k: int) -> dict[str, Any]:
         "loss_free": {"sequence_loss": 0.4}, "sinkhorn": {"fraction": 1.0}, "sigma_moe": {"expert_dropout": 0.3},
         "comet": {"permutation_steps": 3 * (experts % 2)},  # while experts' places are learned, and after
         "progressive": {"start": experts, "steps": 2}, "null_experts": {"null_experts": 1 + experts // 2},
+        "recurrent": {"state": 6},
     }.get(name, {})
