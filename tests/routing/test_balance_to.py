@@ -6,8 +6,9 @@ import torch
 from moedist.config import RouterConfig, check_config, config_from_dict
 from moedist.errors import ConfigError
 from moedist.routing import ROUTERS, RouterInput, balance_loss_sum, build_router, check_router
-from tests.routing.test_routers import E, router
+from tests.routing.test_routers import router
 
+E = 5
 Q = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
 
 

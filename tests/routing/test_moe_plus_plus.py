@@ -39,7 +39,7 @@ def test_the_loss_is_balanced_where_experts_have_tau_rows_to_one():
     assert len(q) == E + 4 and (q[:E] / q[-1]).tolist() == pytest.approx([0.25] * E) and q.sum() == pytest.approx(1)
     assert balance_loss_sum(q, (1e9 * q).long(), q).item() == pytest.approx(1)
     assert r.expected_rows_per_token() == pytest.approx(2 * 0.25 * E / (0.25 * E + 4))
-    r.targets_E = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1], dtype=torch.float64)  # ranks of several speeds
+    r.targets_E = torch.tensor([0.3, 0.3, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)  # ranks of several speeds
     assert (r.balance_targets()[:E] / r.balance_targets()[:E].sum()).tolist() == pytest.approx(r.targets_E.tolist())
 
 
