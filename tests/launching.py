@@ -16,8 +16,8 @@ from tests.ranks import free_port
 from tests.warm import WarmLauncher
 
 ROOT = Path(__file__).parents[1]
-# a few hundred documents, bytes as tokens: seconds instead of minutes
-TINY = ["data.max_documents=150", "data.tokenizer=byte", "data.sequence_length=32", "model.layers=2", "model.width=32",
+# a dozen documents, bytes as tokens: seconds instead of minutes
+TINY = ["data.max_documents=12", "data.tokenizer=byte", "data.sequence_length=32", "model.layers=2", "model.width=32",
         "model.heads=2", "model.kv_heads=1", "model.expert_hidden=24", "train.batch=8", "train.warmup_steps=2",
         "train.eval_every=0", "train.eval_tokens=512", "monitor.log_every=1", "monitor.wandb=disabled"]
 # uneven on purpose, and written down: nothing is measured

@@ -7,6 +7,8 @@ others get SIGTERM. What is about torchrun itself, signals and kills starts it f
 from __future__ import annotations
 
 import atexit
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -19,6 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 GRACE_S = 30.0
+# what ranks import only when they need it: a second or more of each of them
+IMPORTED_LATER = ("torch.distributed.checkpoint", "torch._dynamo", "matplotlib.pyplot", "wandb")
 
 
 class WarmLauncher:
@@ -67,6 +71,9 @@ def serve() -> None:
     import moedist.inspect_run
     import moedist.report
     import moedist.trainer  # noqa: F401
+    for name in IMPORTED_LATER:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for line in sys.stdin:
         order = json.loads(line)
         pids = {_fork(rank, order): rank for rank in range(order["ranks"])}
