@@ -73,7 +73,7 @@ def test_evaluation_names_the_damage(copy, cache):
     flip(newest / weight.relative_path, weight.offset + weight.length // 2)
     failed = moedist(1, cache, "evaluate", str(copy), ok=False)
     assert "at layers.1.experts.4.w2 (expert 4 of layer 1)" in failed.stderr and "older one" in failed.stderr and "Traceback" not in failed.stderr
-    assert "perplexity" in moedist(1, cache, "evaluate", str(copy), "--step", "9").stdout
+    assert "perplexity" in moedist(1, cache, "evaluate", str(copy), "--step", "9", "train.batch=256").stdout
 
 
 def test_all_damaged_is_an_error_and_moves_nothing(copy, cache):
