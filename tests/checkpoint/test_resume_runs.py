@@ -90,7 +90,7 @@ def test_the_best_checkpoint_stays(tmp_path, cache):
     bad = moedist(1, cache, *COMMON, f"folder={tmp_path}", "checkpoint.keep_best=1", ok=False)
     assert "checkpoint.keep_best=1" in bad.stderr and "train.eval_every=3" in bad.stderr and not any(tmp_path.iterdir())
     moedist(1, cache, *COMMON, f"folder={tmp_path}", "checkpoint.keep_best=1", "checkpoint.keep=1", "train.eval_every=3",
-            "train.lr=0.5", "train.warmup_steps=10", "train.schedule=constant")
+            "train.lr=0.5", "train.warmup_steps=10", "train.schedule=constant", "data.max_documents=150")
     run = RunFolder(only_run(tmp_path))
     losses = metrics(run.path, "valid/loss")
     best = min(losses, key=losses.get)
