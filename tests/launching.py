@@ -53,8 +53,8 @@ def moedist(ranks: int, cache: Path, *arguments: str, ok: bool = True, timeout: 
         if script:
             at = whole.index("moedist")
             whole[at - 1:at + 1] = [str(script)]
-        done = subprocess.run(whole, cwd=ROOT, env={**environment(cache), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                              timeout=timeout)
+        done = subprocess.run(whole, cwd=ROOT, env={**environment(cache), "PYTHONPATH": str(ROOT)}, capture_output=True,
+                              text=True, timeout=timeout)
     else:
         done = _warm().run(ranks, [str(a) for a in arguments], environment(cache), free_port(), timeout,
                            script and str(script))
