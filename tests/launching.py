@@ -16,8 +16,8 @@ from tests.ranks import free_port
 from tests.warm import WarmLauncher
 
 ROOT = Path(__file__).parents[1]
-# a few hundred documents, bytes as tokens: seconds instead of minutes
-TINY = ["data.max_documents=150", "data.tokenizer=byte", "data.sequence_length=32", "model.layers=2", "model.width=32",
+# a dozen documents, bytes as tokens: seconds instead of minutes
+TINY = ["data.max_documents=12", "data.tokenizer=byte", "data.sequence_length=32", "model.layers=2", "model.width=32",
         "model.heads=2", "model.kv_heads=1", "model.expert_hidden=24", "train.batch=8", "train.warmup_steps=2",
         "train.eval_every=0", "train.eval_tokens=512", "monitor.log_every=1", "monitor.wandb=disabled"]
 # uneven on purpose, and written down: nothing is measured
@@ -41,16 +41,23 @@ def command(ranks: int, *arguments: str) -> list[str]:
             "-m", "moedist", *arguments]
 
 
-def moedist(ranks: int, cache: Path, *arguments: str, ok: bool = True, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run to the end; fails with the output if the exit code is not what `ok` says.
+def moedist(ranks: int, cache: Path, *arguments: str, ok: bool = True, timeout: float = 240, script: Path | None = None,
+            launcher: str | None = None) -> subprocess.CompletedProcess:
+    """Run moedist, or a script, to the end; fails with the output if the exit code is not what `ok` says.
 
-    Ranks are forked from a process that has everything imported; MOEDIST_TEST_LAUNCH=torchrun starts all as a user does.
+    Ranks are forked from a process that has everything imported; MOEDIST_TEST_LAUNCH=torchrun starts all as a user does,
+    `launcher="torchrun"` one.
     """
-    if os.environ.get("MOEDIST_TEST_LAUNCH", "warm") == "torchrun":
-        done = subprocess.run(command(ranks, *arguments), cwd=ROOT, env=environment(cache), capture_output=True, text=True,
-                              timeout=timeout)
+    if (launcher or os.environ.get("MOEDIST_TEST_LAUNCH", "warm")) == "torchrun":
+        whole = command(ranks, *arguments)
+        if script:
+            at = whole.index("moedist")
+            whole[at - 1:at + 1] = [str(script)]
+        done = subprocess.run(whole, cwd=ROOT, env={**environment(cache), "PYTHONPATH": str(ROOT)}, capture_output=True,
+                              text=True, timeout=timeout)
     else:
-        done = _warm().run(ranks, [str(a) for a in arguments], environment(cache), free_port(), timeout)
+        done = _warm().run(ranks, [str(a) for a in arguments], environment(cache), free_port(), timeout,
+                           script and str(script))
     assert (done.returncode == 0) == ok, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -27,6 +27,8 @@ from moedist.errors import WorldError
 CALL_TIMEOUT_S = 120
 START_TIMEOUT_S = 120
 ROOT = Path(__file__).parents[1]
+# by the process that ranks are forked from; of no use, but slow, where it is another's already
+IMPORTED = ["moedist.trainer", "torch.distributed.checkpoint", "torch._dynamo", "tests.ranks"]
 
 
 def free_port() -> int:
@@ -64,7 +66,8 @@ class RankPool:
         atexit.register(self.close)
 
     def _start(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         port = free_port()
         for rank in range(world_size):
             ours, theirs = context.Pipe()

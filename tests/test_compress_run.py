@@ -71,8 +71,8 @@ def test_one_rank_trains_the_same(run, cache, tmp_path):
 
 
 def test_evaluate_generate_and_compress_open_it(run, cache, tmp_path):
-    assert "perplexity" in moedist(1, cache, "evaluate", str(run)).stdout
-    assert "perplexity" in moedist(3, cache, "evaluate", str(run)).stdout
+    assert "perplexity" in moedist(1, cache, "evaluate", str(run), "train.batch=256").stdout
+    assert "perplexity" in moedist(3, cache, "evaluate", str(run), "train.batch=256").stdout
     assert moedist(1, cache, "generate", str(run), "--prompt", "def ", "--max-tokens", "3").stdout.startswith("def ")
     done = moedist(1, cache, "compress", str(run), "--ratio", "0.4", "--option", "options.multiple=1", "--step", "9",
                    "--tokens", "512", f"folder={tmp_path}")
@@ -120,10 +120,10 @@ def test_bad_input_is_refused_before_training(cache, tmp_path):
 
 
 def test_dense_again_computes_the_same_and_trains_on(run, cache, tmp_path):
-    perplexity = moedist(1, cache, "evaluate", str(run)).stdout.split("perplexity")[1]
+    perplexity = moedist(1, cache, "evaluate", str(run), "train.batch=256").stdout.split("perplexity")[1]
     told = moedist(2, cache, "compress", str(run), "--dense", f"folder={tmp_path}").stdout
     dense = only_run(tmp_path)
-    assert moedist(1, cache, "evaluate", str(dense)).stdout.split("perplexity")[1] == perplexity
+    assert moedist(1, cache, "evaluate", str(dense), "train.batch=256").stdout.split("perplexity")[1] == perplexity
     nothing = moedist(1, cache, "train", "--resume", str(dense)).stdout
     for out in (told, nothing):  # the same command is told, and does something
         program, *arguments = shlex.split(out.split("to train on: ")[1].splitlines()[0])

@@ -55,7 +55,7 @@ def test_losses_are_those_of_the_torch_engine(run, expected):
 
 
 def test_every_command_opens_it(run, cache):
-    assert "perplexity" in moedist(1, cache, "evaluate", str(run)).stdout
+    assert "perplexity" in moedist(1, cache, "evaluate", str(run), "train.batch=256").stdout
     if "zero_stage: 3" in (run / "config.yaml").read_text():
         assert moedist(2, cache, "generate", str(run), "--prompt", "def ", "--max-tokens", "3").stdout.startswith("def ")
 

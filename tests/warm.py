@@ -7,6 +7,8 @@ others get SIGTERM. What is about torchrun itself, signals and kills starts it f
 from __future__ import annotations
 
 import atexit
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -19,6 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 GRACE_S = 30.0
+# what ranks import only when they need it: a second or more of each of them
+IMPORTED_LATER = ("torch.distributed.checkpoint", "torch._dynamo", "matplotlib.pyplot", "wandb")
 
 
 class WarmLauncher:
@@ -29,15 +33,15 @@ class WarmLauncher:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         atexit.register(self.close)
 
-    def run(self, ranks: int, arguments: list[str], environment: dict[str, str], port: int,
-            timeout: float) -> subprocess.CompletedProcess:
-        """As `subprocess.run`, of `moedist ARGUMENTS` on so many ranks. Raises `subprocess.TimeoutExpired`."""
+    def run(self, ranks: int, arguments: list[str], environment: dict[str, str], port: int, timeout: float,
+            script: str | None = None) -> subprocess.CompletedProcess:
+        """As `subprocess.run`, of `moedist ARGUMENTS` on so many ranks, or of a script. Raises `subprocess.TimeoutExpired`."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             for path in (out, err):
                 path.touch()
             order = {"ranks": ranks, "arguments": arguments, "environment": environment, "port": port, "timeout": timeout,
-                     "out": str(out), "err": str(err)}
+                     "script": script, "out": str(out), "err": str(err)}
             self._server.stdin.write(json.dumps(order) + "\n")
             self._server.stdin.flush()
             answer = self._server.stdout.readline()
@@ -67,6 +71,9 @@ def serve() -> None:
     import moedist.inspect_run
     import moedist.report
     import moedist.trainer  # noqa: F401
+    for name in IMPORTED_LATER:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for line in sys.stdin:
         order = json.loads(line)
         pids = {_fork(rank, order): rank for rank in range(order["ranks"])}
@@ -88,19 +95,20 @@ def _fork(rank: int, order: dict[str, Any]) -> int:
         if order["ranks"] > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(order["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                               MASTER_PORT=str(order["port"]))
-        code = _main(order["arguments"])
+        code = _main(order["arguments"], order["script"])
     finally:
         os._exit(code)
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], script: str | None) -> int:
+    import runpy
     import traceback
 
     from moedist.cli import main
-    sys.argv = ["moedist", *arguments]
+    sys.argv = [script or "moedist", *arguments]
     code = 0
     try:
-        main(arguments)
+        runpy.run_path(script, run_name="__main__") if script else main(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

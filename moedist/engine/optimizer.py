@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Iterable
+import inspect
+from typing import Any, Iterable
 
 import torch
 
 from moedist.config import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Eager(torch.optim.Optimizer):
+    """An optimizer without what torch wraps around its methods for torch.compile, which is not used here.
+
+    The wrappers import torch._dynamo when an optimizer is made, and again when it steps: a second of every rank's start.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    @torch.no_grad()  # one of the wrappers does this
+    def step(self, closure: None = None) -> None:
+        inspect.unwrap(super().step.__func__)(self)
+
+
+class AdamW(_Eager, torch.optim.AdamW):
+    """torch's."""
+
+
+class SGD(_Eager, torch.optim.SGD):
+    """torch's."""
 
 
 def moments_of(config: TrainConfig) -> tuple[str, ...]:
@@ -27,9 +50,9 @@ def dense_groups(params: Iterable[torch.nn.Parameter], config: TrainConfig) -> l
 def build_optimizer(groups: list[dict], config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW, or plain SGD: `w -= lr * (gradient + weight_decay * w)`, to compare with since it keeps no state."""
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr)
-    return torch.optim.AdamW(groups, lr=config.lr, eps=config.eps, betas=(config.beta1, config.beta2),
-                             fused=device.type in ("cpu", "cuda"))
+        return SGD(groups, lr=config.lr)
+    return AdamW(groups, lr=config.lr, eps=config.eps, betas=(config.beta1, config.beta2),
+                 fused=device.type in ("cpu", "cuda"))
 
 
 def make_state(optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor], config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ import torch
 from moedist.checkpoint import RunFolder, Saver, check_index, load_checkpoint, mend, read_meta
 from moedist.config import WorldConfig
 from moedist.world import World
-from tests.ranks import free_port
+from tests.ranks import IMPORTED, free_port
 
 CRASHES = int(os.environ.get("MOEDIST_CRASHES", "5"))
 NUMBERS = 2**18
@@ -56,7 +56,7 @@ def in_between(run: RunFolder) -> list[str]:
 
 def test_killed_in_mid_checkpoint_nothing_is_lost(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.checkpoint", "tests.checkpoint.test_killed_writing"])
+    context.set_forkserver_preload([*IMPORTED, "tests.checkpoint.test_killed_writing"])
     run, draw, last, hits = RunFolder(tmp_path), random.Random(1), 0, 0
     for crash in range(CRASHES):
         port = free_port()

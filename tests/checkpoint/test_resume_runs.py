@@ -73,7 +73,7 @@ def test_evaluation_names_the_damage(copy, cache):
     flip(newest / weight.relative_path, weight.offset + weight.length // 2)
     failed = moedist(1, cache, "evaluate", str(copy), ok=False)
     assert "at layers.1.experts.4.w2 (expert 4 of layer 1)" in failed.stderr and "older one" in failed.stderr and "Traceback" not in failed.stderr
-    assert "perplexity" in moedist(1, cache, "evaluate", str(copy), "--step", "9").stdout
+    assert "perplexity" in moedist(1, cache, "evaluate", str(copy), "--step", "9", "train.batch=256").stdout
 
 
 def test_all_damaged_is_an_error_and_moves_nothing(copy, cache):
@@ -90,7 +90,7 @@ def test_the_best_checkpoint_stays(tmp_path, cache):
     bad = moedist(1, cache, *COMMON, f"folder={tmp_path}", "checkpoint.keep_best=1", ok=False)
     assert "checkpoint.keep_best=1" in bad.stderr and "train.eval_every=3" in bad.stderr and not any(tmp_path.iterdir())
     moedist(1, cache, *COMMON, f"folder={tmp_path}", "checkpoint.keep_best=1", "checkpoint.keep=1", "train.eval_every=3",
-            "train.lr=0.5", "train.warmup_steps=10", "train.schedule=constant")
+            "train.lr=0.5", "train.warmup_steps=10", "train.schedule=constant", "data.max_documents=150")
     run = RunFolder(only_run(tmp_path))
     losses = metrics(run.path, "valid/loss")
     best = min(losses, key=losses.get)
