@@ -1,4 +1,4 @@
-"""`moedist inspect --routing`: balance, local consistency and inter-layer affinity of a run's routing, on any number of ranks."""
+"""`moedist inspect --routing`: balance, local consistency and inter-layer affinity of routing, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def inspect_routing(run_folder: str, look: Look = Look(), overrides: Sequence[st
     """The tables as text; rank 0 writes everything as JSON, and the affinity of experts as a PNG beside it or in a folder of
     pictures, where a path is given.
 
-    Counts are summed over ranks as whole numbers, so the result does not depend on them.
+    Counts are summed over ranks, so the result does not depend on how many there are, but for the rounding of shares.
 
     Raises:
         CheckpointError: no run or checkpoint there. DataError: no validation split. ConfigError: no such layer, no routing

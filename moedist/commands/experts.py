@@ -71,8 +71,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     inspect.add_argument("--top", type=positive(int), default=5, metavar="K",
                          help="neurons told in full, of each expert, by Fisher score (default 5)")
     inspect.add_argument("--routing", action="store_true",
-                         help="instead: how even routing is, how long a token's experts stay those of the next tokens (SRP, SCH), "
-                              "and how experts follow from those of the layer before; with --json a picture beside it")
+                         help="instead: how even routing is, how long a token's experts stay those of the next tokens (SRP, "
+                              "SCH), and how experts follow from those of the layer before; with --json a picture beside it")
     inspect.add_argument("--segments", type=positive(int), nargs="+", metavar="M",
                          help="with --routing: tokens that are looked at together (default 4 16 64)")
     inspect.add_argument("--caches", type=positive(int), nargs="+", metavar="C",

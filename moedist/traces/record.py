@@ -40,7 +40,8 @@ class RoutingRecord:
         self._tokens = torch.zeros(1, dtype=torch.int64)
         self._rows = {i: torch.zeros(e, dtype=torch.int64) for i, e in experts.items()}
         self._entropy = {i: torch.zeros(2, dtype=torch.float64) for i in self.layers}  # sum, and of how many tokens
-        self._segments = {(i, m): torch.zeros(e, m + 1, dtype=torch.int64) for i, e in experts.items() for m in self.segments}
+        self._segments = {(i, m): torch.zeros(e, m + 1, dtype=torch.int64)
+                          for i, e in experts.items() for m in self.segments}
         self._hits = {i: torch.zeros(len(self.segments), len(self.caches), dtype=torch.int64) for i in self.layers}
         self._joint = {(i, j): torch.zeros(experts[i], experts[j], dtype=torch.float64) for i, j in self.pairs}
 
@@ -72,8 +73,8 @@ class RoutingRecord:
     def facts(self) -> Facts:
         """Everything, as plain numbers: `layers`, their `mean`, and `affinity` of each pair of layers."""
         layers = [self._layer(i) for i in self.layers]
-        mean = {key: _mean([layer[key] for layer in layers]) for key in
-                ("load_imbalance", "load_cv", "unused_experts", "utilisation", "experts_a_token", "router_entropy", "segments")}
+        mean = {key: _mean([layer[key] for layer in layers]) for key in (
+            "load_imbalance", "load_cv", "unused_experts", "utilisation", "experts_a_token", "router_entropy", "segments")}
         return {"tokens": int(self._tokens), "layers": layers, "mean": mean,
                 "affinity": [{"layer": i, "next": j, **affinity(joint), "conditional": conditional(joint).tolist(),
                               "share": (joint.sum(0) / joint.sum().clamp(min=1e-300)).tolist()}

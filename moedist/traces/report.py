@@ -11,8 +11,8 @@ Facts = dict[str, Any]
 
 def report(found: Facts) -> str:
     """Balance, local consistency, affinity."""
-    blocks = [f"{found['run']} step {found['step']}, router {found['router']}: {found['tokens']:,} tokens of the validation split",
-              balance_table(found)]
+    head = f"{found['run']} step {found['step']}, router {found['router']}: {found['tokens']:,} tokens of the validation split"
+    blocks = [head, balance_table(found)]
     if found["mean"]["segments"]:
         blocks.append(consistency_table(found))
     if found["affinity"]:
@@ -37,9 +37,9 @@ def consistency_table(found: Facts) -> str:
             for name, of in [*((layer["layer"], layer) for layer in found["layers"]), ("mean", found["mean"])]
             for segment in of["segments"]]
     caches = [f"SCH {cache['size']:.0f} (static)" for cache in found["mean"]["segments"][0]["caches"]]
-    return table(["layer", "segment", "SRP", "by frequency", "experts over a token's", *caches], rows) + \
-        "\nSRP: F1 of the best experts for a whole segment. SCH: hits of a cache of so many experts that knows a segment ahead; " \
-        "static: of the\nmost frequent experts alone."
+    lines = table(["layer", "segment", "SRP", "by frequency", "experts over a token's", *caches], rows)
+    return (f"{lines}\nSRP: F1 of the best experts for a whole segment; by frequency: if tokens had nothing to do with each "
+            "other.\nSCH: hits of a cache of so many experts that knows a segment ahead; static: of the most frequent ones.")
 
 
 def affinity_table(pairs: list[Facts]) -> str:

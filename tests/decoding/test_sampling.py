@@ -24,7 +24,8 @@ def test_greedy_reads_no_random_number():
 
 @pytest.mark.parametrize("sampling, support", [(dict(top_k=2), {1, 3}), (dict(top_k=1), {1}), (dict(top_p=0.5), {1, 3}),
                                                (dict(top_p=0.01), {1}), (dict(min_p=0.9), {1, 3}),
-                                               (dict(min_p=1.0), {1}), (dict(top_k=3, top_p=0.999), {1, 2, 3}), ({}, set(range(5)))])
+                                               (dict(min_p=1.0), {1}), (dict(top_k=3, top_p=0.999), {1, 2, 3}),
+                                               ({}, set(range(5)))])
 def test_draws_follow_the_probabilities_of_what_is_left(sampling, support):
     found = draws(4000, **{**ALL, **sampling})
     assert set(found.tolist()) == support
