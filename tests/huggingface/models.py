@@ -91,7 +91,8 @@ def their_texts(folder: Path, prompts: list[list[int]], tokens: int, penalties: 
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     return [[model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, repetition_penalty=penalty,
-                            eos_token_id=0, pad_token_id=0)[0, len(ids):].tolist() for ids in prompts] for penalty in penalties]
+                            eos_token_id=0, pad_token_id=0)[0, len(ids):].tolist() for ids in prompts]
+            for penalty in penalties]
 
 
 @torch.no_grad()
