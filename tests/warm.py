@@ -68,6 +68,7 @@ def serve() -> None:
     import moedist.compressing
     import moedist.evaluate
     import moedist.generate
+    import moedist.inspect_routing
     import moedist.inspect_run
     import moedist.report
     import moedist.trainer  # noqa: F401

@@ -18,6 +18,7 @@ EXAMPLES = {
     "inspect": """examples:
   moedist inspect runs/quickstart-20260101-120000 --pictures pictures
   moedist inspect runs/quickstart-20260101-120000 --layer 0 --expert 3 --top 10 --json inspect.json
+  moedist inspect runs/quickstart-20260101-120000 --routing --segments 8 32 --caches 4 8 --json routing.json
 """,
 }
 
@@ -69,6 +70,13 @@ def add(commands: argparse._SubParsersAction) -> None:
                          help="validation tokens to watch the experts on (default 16384)")
     inspect.add_argument("--top", type=positive(int), default=5, metavar="K",
                          help="neurons told in full, of each expert, by Fisher score (default 5)")
+    inspect.add_argument("--routing", action="store_true",
+                         help="instead: how even routing is, how long a token's experts stay those of the next tokens (SRP, "
+                              "SCH), and how experts follow from those of the layer before; with --json a picture beside it")
+    inspect.add_argument("--segments", type=positive(int), nargs="+", metavar="M",
+                         help="with --routing: tokens that are looked at together (default 4 16 64)")
+    inspect.add_argument("--caches", type=positive(int), nargs="+", metavar="C",
+                         help="with --routing: experts that a cache holds (default: 1, 2 and 4 times those of a token)")
     inspect.add_argument("--json", help="write everything to this file")
     inspect.add_argument("--pictures", metavar="FOLDER", help="draw PNG pictures into this folder")
 
@@ -120,6 +128,11 @@ def _beam(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if args.routing:
+        from moedist.inspect_routing import Look, inspect_routing
+        look = Look(args.layer, args.segments, args.caches, args.tokens)
+        say(inspect_routing(args.run, look, args.overrides, args.step, args.json, args.pictures))
+        return
     from moedist.inspect_run import Choice, inspect_run
     choice = Choice(args.layer, args.expert, args.top, args.tokens)
     say(inspect_run(args.run, choice, args.overrides, args.step, args.json, args.pictures))

@@ -86,6 +86,16 @@ def their_logits(folder: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
+def their_texts(folder: Path, prompts: list[list[int]], tokens: int, penalties: tuple[float, ...]) -> list[list[list[int]]]:
+    """Up to so many new token ids of each prompt, the likeliest ones, at each repetition penalty."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    return [[model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, repetition_penalty=penalty,
+                            eos_token_id=0, pad_token_id=0)[0, len(ids):].tolist() for ids in prompts]
+            for penalty in penalties]
+
+
+@torch.no_grad()
 def our_logits(run: RunFolder | Path, world: World | None = None) -> torch.Tensor:
     """Of a run's newest checkpoint, on this rank of a world or alone."""
     folder = run if isinstance(run, RunFolder) else RunFolder(run)

@@ -9,13 +9,16 @@ import torch
 
 from moedist.checkpoint import RunFolder
 from moedist.data import Tokenizer
+from moedist.decoding import Sampling, generate_batch
 from moedist.huggingface import export_run, import_run
 from moedist.huggingface.fill import Table
 from moedist.huggingface.import_run import import_into, plan_import
 from moedist.huggingface.source import Source
+from moedist.phases.restore import open_run
 from moedist.trainer import train
+from moedist.world import World
 from tests.huggingface.models import (
-    OPTIONS, SPARSE, equal_tensors, our_logits, save_model, stored_tensors, their_logits,
+    OPTIONS, SPARSE, equal_tensors, our_logits, save_model, some_ids, stored_tensors, their_logits, their_texts,
 )
 from tests.launching import metrics
 from tests.ranks import run_ranks
@@ -44,6 +47,18 @@ def test_logits_are_those_of_transformers(model):
     theirs = their_logits(folder)
     assert theirs.std() > 0.5, "logits near zero would hide mistakes"
     torch.testing.assert_close(our_logits(run), theirs, **CLOSE)
+
+
+def test_greedy_texts_are_those_of_transformers(model, one_thread):
+    """Token by token, with our cache and theirs: prompts of several lengths together, and one after the other."""
+    folder, run = model
+    prompts = [row[:n].tolist() for row, n in zip(some_ids(), (3, 17, 9))]
+    opened = open_run(run, run.config(), World())
+    for penalty, theirs in zip((1.0, 1.5), their_texts(folder, prompts, 14, (1.0, 1.5))):
+        found = generate_batch(opened.model, World(), prompts, Sampling(14, temperature=0, repetition_penalty=penalty),
+                               context=48, eos=0)
+        assert found.timings.cached and len({i for (ids,) in found.ids for i in ids}) > 5
+        assert [ids for ids, in found.ids] == theirs
 
 
 def test_exported_tensors_have_the_same_bits(model, exported):

@@ -5,11 +5,13 @@ import torch
 
 from moedist.config import Config, DataConfig, LowBitConfig, ModelConfig, OffloadConfig
 from moedist.coordinator import equal_plan
+from moedist.decoding import Sampling, generate_batch
 from moedist.dispatch import LocalTransport
 from moedist.errors import CompressError
 from moedist.model import Batch, Transformer
 from moedist.offload import OffloadedBank, PieceId, offload
 from moedist.phases.lowbit import low_banks, put_banks
+from moedist.world import World
 from tests.model.expert_forms import expert_of
 
 GIB = 2**30
@@ -61,6 +63,21 @@ def test_outputs_are_those_of_resident_experts(store, policy, prefetch, low, top
     if top_n == 0:
         assert not any(p in outside.cache for p in compensators), "none is used, none is fetched"
     assert "% hits" in outside.describe()
+
+
+@pytest.mark.parametrize("low, top_n", [(False, None), (True, 1)])
+def test_generation_with_a_cache_is_that_of_resident_experts(low, top_n, one_thread):
+    """Keys and values are kept, experts come and go; sequences of several lengths."""
+    prompts, sampling = [[5, 9, 33], [7], [1, 2, 3, 4, 5, 6]], Sampling(20, temperature=1.0, top_k=0)
+    model = model_of(torch.float64 if not low else torch.float32, top_n, low)
+    wanted = generate_batch(model, World(), prompts, sampling, context=16)
+    assert wanted.timings.cached and wanted.ids == generate_batch(model, World(), prompts, sampling, context=16, cache=False).ids
+    dtype = next(model.parameters()).dtype
+    probe = offload(model_of(dtype, top_n, low), OffloadConfig("ram"), dtype)
+    outside = offload(model, OffloadConfig("ram", 0.4 * probe.bytes_outside / GIB, "lru", 2), dtype)
+    assert generate_batch(model, World(), prompts, sampling, context=16).ids == wanted.ids
+    assert outside.moved.misses > 0
+    outside.close()
 
 
 @pytest.mark.parametrize("low", [False, True])
