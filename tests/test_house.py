@@ -5,8 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "moedist"
 ROOMS = ["__main__", "cli", "commands", "submit", "compressing", "huggingface", "bench", "trainer", "evaluate", "generate",
-         "inspect_run", "show_probe", "show_links", "show_plan", "report", "phases", "coordinator", "links", "neurons",
-         "monitor", "checkpoint", "engine", "data", "offload", "model", "dispatch", "compress", "routing", "placement",
+         "inspect_run", "show_probe", "show_links", "show_plan", "report", "decoding", "phases", "coordinator", "links",
+         "neurons", "monitor", "checkpoint", "engine", "data", "offload", "model", "dispatch", "compress", "routing", "placement",
          "world", "islands", "timing", "guard", "rendezvous", "faults", "mpi", "liveness", "milestones", "run_folder",
          "config", "errors"]  # top to bottom
 PURE = ["compress", "routing", "placement"]  # no process groups, no files

@@ -184,7 +184,7 @@ def _block_part(config: Config, times: int, feed_forward: nn.Module, device: tor
 
     def run(x_GSD: torch.Tensor, ids_GS: torch.Tensor, keys_GS: torch.Tensor) -> None:
         with autocast(config, device):
-            cos, sin = rotary_tables(x_GSD.shape[1], m.head, m.rope_base, device, x_GSD.dtype)
+            cos, sin = rotary_tables(torch.arange(x_GSD.shape[1], device=device), m.head, m.rope_base, x_GSD.dtype)
             y_GSD, report = _call(config, block, x_GSD, cos, sin, ids_GS, keys_GS, 0)
         aux = list(report.aux_losses.values()) if report else []
         torch.autograd.backward([y_GSD, *aux], [torch.ones_like(y_GSD), *[None] * len(aux)])

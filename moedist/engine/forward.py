@@ -8,7 +8,7 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from moedist.model import Batch, LayerReport, Transformer, next_token_loss_sum
+from moedist.model import Batch, KVCache, LayerReport, Transformer, next_token_loss_sum
 from moedist.timing import region
 
 Reports = dict[int, LayerReport]  # of every MoE layer
@@ -22,10 +22,11 @@ def forward_loss(model: Transformer, batch: Batch, targets_GS: torch.Tensor, dev
         return loss_sum(hidden, weight_VD, targets_GS.to(device), dtype), reports
 
 
-def hidden_states(model: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, Reports]:
+def hidden_states(model: nn.Module, batch: Batch, dtype: torch.dtype,
+                  cache: KVCache | None = None) -> tuple[torch.Tensor, Reports]:
     """([G, S, D], layer reports). Weights of the model stay as they are, low precision is for what is computed."""
     with torch.autocast(batch.ids_GS.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-        return model(batch)
+        return model(batch) if cache is None else model(batch, cache)
 
 
 def loss_sum(hidden_GSD: torch.Tensor, head_VD: torch.Tensor, targets_GS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

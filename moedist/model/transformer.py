@@ -22,6 +22,7 @@ from moedist.model.experts import build_bank
 from moedist.model.feed_forward import FeedForward
 from moedist.model.forms import ExpertForm
 from moedist.model.initialise import fill_normal
+from moedist.model.kv_cache import KVCache, LayerCache
 from moedist.model.moe import LayerReport, MoELayer
 from moedist.placement import Plan
 from moedist.routing import RouterInput, build_router, mix_seeds
@@ -40,12 +41,12 @@ class Batch:
         return Batch(self.ids_GS.to(device), self.keys_GS.to(device), self.seed)
 
 
-def rotary_tables(length: int, head: int, base: float, device: torch.device,
-                  dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [S, C] of rotary positions (Su et al. 2021, arXiv 2104.09864), halves layout as in Llama."""
+def rotary_tables(positions: torch.Tensor, head: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [S, C] of S rotary positions (Su et al. 2021, arXiv 2104.09864), halves layout as in Llama."""
+    device = positions.device
     frequencies = base ** (-torch.arange(0, head, 2, device=device, dtype=torch.float64 if device.type == "cpu" else
                                          torch.float32) / head)
-    angles = torch.arange(length, device=device, dtype=frequencies.dtype).unsqueeze(1) * frequencies
+    angles = positions.to(frequencies.dtype).unsqueeze(1) * frequencies
     angles = torch.cat([angles, angles], dim=1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -74,7 +75,8 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x_GSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_GSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                past: LayerCache | None = None) -> torch.Tensor:
         g, s, _ = x_GSD.shape
         qkv = self.wqkv(x_GSD).view(g, s, self.heads + 2 * self.kv_heads, self.head)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
@@ -83,7 +85,9 @@ class Attention(nn.Module):
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         q, k = rotate(q, cos.to(q.dtype), sin.to(q.dtype)), rotate(k, cos.to(k.dtype), sin.to(k.dtype))
-        if g:
+        if past is not None:
+            y = past.attend(q, k, v)
+        elif g:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         else:  # a rank with no sequences: attention kernels refuse empty batches, the graph must still reach q, k, v
             y = q + 0 * (k.sum() + v.sum())
@@ -110,10 +114,10 @@ class Block(nn.Module):
         self.dropout = m.dropout
 
     def forward(self, x_GSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ids_GS: torch.Tensor,
-                keys_GS: torch.Tensor, seed: int,
-                carried: torch.Tensor | None = None) -> tuple[torch.Tensor, LayerReport | None]:
+                keys_GS: torch.Tensor, seed: int, carried: torch.Tensor | None = None,
+                past: LayerCache | None = None) -> tuple[torch.Tensor, LayerReport | None]:
         with region("dense"):
-            x = x_GSD + self._drop(self.attention(self.attention_norm(x_GSD), cos, sin))
+            x = x_GSD + self._drop(self.attention(self.attention_norm(x_GSD), cos, sin, past))
             normed, report = self.ffn_norm(x), None
         if isinstance(self.ffn, MoELayer):
             if torch.is_autocast_enabled(x.device.type):  # dispatch moves rows in the compute dtype
@@ -200,13 +204,21 @@ class Transformer(nn.Module):
             found.update(bank.named_weights() | bank.named_indices())
         return found
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[int, LayerReport]]:
-        """([G, S, D] normalised hidden states, report of every MoE layer)."""
+    def forward(self, batch: Batch, cache: KVCache | None = None) -> tuple[torch.Tensor, dict[int, LayerReport]]:
+        """([G, S, D] normalised hidden states, report of every MoE layer).
+
+        With a cache, the batch is [T, 1], the tokens that `KVCache.begin` has announced; routers then see sequences of one
+        token.
+        """
         x = self.embedding(batch.ids_GS)
-        cos, sin = rotary_tables(x.shape[1], self.m.head, self.m.rope_base, x.device, x.dtype)
+        positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions_T
+        cos, sin = rotary_tables(positions, self.m.head, self.m.rope_base, x.dtype)
+        if cache is not None:  # [T, 1, 1, C]: a position for every sequence of one token
+            cos, sin = cos[:, None, None], sin[:, None, None]
         reports, carried = {}, None
         for i, block in enumerate(self.layers):
-            args = (x, cos, sin, batch.ids_GS, batch.keys_GS, mix_seeds(batch.seed, i), carried)
+            args = (x, cos, sin, batch.ids_GS, batch.keys_GS, mix_seeds(batch.seed, i), carried,
+                    None if cache is None else cache.layers[i])
             if self.m.recompute and self.training:
                 # without the early stop every rank repeats the same collectives, whatever it saved
                 with set_checkpoint_early_stop(False):

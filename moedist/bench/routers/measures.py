@@ -27,9 +27,10 @@ MEASURES: dict[str, Measure] = {
                        "held-out text, mean over layers; the reciprocal of the metric moe/load_imbalance"),
     "utilisation": Measure("utilisation", ".3f", "effective number of experts over their number: exp(entropy of their shares "
                            "of rows) / E, of held-out text, mean over layers"),
-    "generate_tps": Measure("generation tokens/s", ",.0f", "new tokens a second, of one process with one thread on a CPU; "
-                            "all routers in turn, median of rounds"),
-    "train_tps": Measure("training tokens/s", ",.0f", "the same of whole training steps"),
+    "generate_tps": Measure("generation tokens/s", ",.0f", "new tokens a second, of one process with one thread on a CPU, all prompts "
+                            "in one batch, with a key-value cache for routers that a cache does not change (causal, without "
+                            "a capacity); all routers in turn, median of rounds"),
+    "train_tps": Measure("training tokens/s", ",.0f", "the same of training steps"),
     "diversity": Measure("diversity", ".3f", f"mean of distinct-1, -2 and -3 of text generated at temperature {TEMPERATURE}, "
                          f"top-k {TOP_K}, the same prompts for all: different n-grams of words over all n-grams"),
     "self_bleu": Measure("self-BLEU", ".3f", "mean BLEU-4 of a generated text with all others as references, by nltk: less is "
@@ -39,7 +40,7 @@ MEASURES: dict[str, Measure] = {
                          "random is drawn anew; of Soft MoE the K experts that a token reads most from"),
     "stability_noise": Measure("with noise", ".3f", f"the same with and without Gaussian noise of {NOISE:.0%} of its norm on "
                                "every router's input"),
-    "ppl": Measure("perplexity", ".2f", "a token, of held-out text"),
+    "ppl": Measure("perplexity", ".2f", "of a token, of held-out text"),
     "flops_per_token": Measure("MFLOPs/token", ".2f", "matrix products of the forward pass: experts by the rows they got, "
                                "with router, attention, shared experts and output"),
     "rows_per_token": Measure("experts/token", ".2f", "rows of routed experts over tokens, mean over layers, of held-out text"),

@@ -51,6 +51,7 @@ def _balance_perplexity(figure: Figure, rows: Sequence["Row"]) -> None:
                       xytext=(5, 4 if i % 2 else -9), textcoords="offset points")
     axes.set_xlabel("load balance (mean over largest rows of an expert)")
     axes.set_ylabel("perplexity, held-out text")
+    axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 

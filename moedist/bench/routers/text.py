@@ -7,9 +7,8 @@ from typing import Sequence
 import torch
 
 from moedist.data import EvalStream
-from moedist.generate import continue_tokens
+from moedist.decoding import Sampling, generate_batch
 from moedist.model import Transformer
-from moedist.routing import mix_seeds
 from moedist.world import World
 
 TEMPERATURE, TOP_K = 0.8, 50  # as `moedist generate` by default
@@ -17,13 +16,13 @@ TEMPERATURE, TOP_K = 0.8, 50  # as `moedist generate` by default
 
 def continuations(model: Transformer, world: World, prompts: Sequence[Sequence[int]], tokens: int, context: int,
                   dtype: torch.dtype) -> list[list[int]]:
-    """What comes after each prompt: `tokens` new ids, whatever they are, so that every router makes as many."""
-    was_training = model.training
-    model.eval()
-    found = [continue_tokens(model, world, list(prompt), tokens, TEMPERATURE, TOP_K, mix_seeds(0, i), context, -1, dtype)
-             [len(prompt):] for i, prompt in enumerate(prompts)]
-    model.train(was_training)
-    return found
+    """What comes after each prompt, all in one batch: `tokens` new ids, whatever they are, so that every router makes as many.
+
+    With a key-value cache where that changes nothing (`moedist.decoding.cacheable`).
+    """
+    found = generate_batch(model, world, prompts, Sampling(tokens, TEMPERATURE, TOP_K), context=context, dtype=dtype,
+                           batch=len(prompts))
+    return [samples[0] for samples in found.ids]
 
 
 def held_out_prompts(stream: EvalStream, count: int, tokens: int) -> list[list[int]]:
