@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from moedist.commands.parsing import add_command, not_negative, say
+from moedist.commands.parsing import add_command, not_negative, positive, say
 from moedist.errors import ConfigError
 
 EXAMPLES = {
@@ -15,7 +16,10 @@ EXAMPLES = {
   moedist train configs/quickstart.yaml --resume             (the newest run of this name)
 """,
     "evaluate": "example:\n  moedist evaluate runs/quickstart-20260101-120000 --split test\n",
-    "generate": "example:\n  moedist generate runs/quickstart-20260101-120000 --prompt 'def read(' --max-tokens 60\n",
+    "generate": """examples:
+  moedist generate runs/quickstart-20260101-120000 --prompt 'def read(' --max-tokens 60
+  moedist generate runs/quickstart-20260101-120000 --prompts prompts.jsonl -n 4 --top-p 0.9 --json samples.json
+""",
 }
 
 
@@ -41,11 +45,29 @@ def add(commands: argparse._SubParsersAction) -> None:
     generate = add_command(commands, "generate", "continue prompts with a trained run", _generate, EXAMPLES["generate"])
     generate.add_argument("run", help="run folder")
     generate.add_argument("overrides", nargs="*", help="section.key=value")
-    generate.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
-    generate.add_argument("--max-tokens", type=not_negative(int), default=100)
+    generate.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    generate.add_argument("--prompts", metavar="FILE", help="more of them: one a line, or a .jsonl file of strings or objects "
+                                                            "with a prompt")
+    generate.add_argument("-n", "--samples", type=positive(int), default=1, help="continuations of each prompt (default 1)")
+    generate.add_argument("--max-tokens", type=not_negative(int), default=100, help="new ones, at most (default 100)")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                          help="end where this text would begin; may be given several times")
     generate.add_argument("--temperature", type=not_negative(float), default=0.8, help="0 takes the likeliest token")
     generate.add_argument("--top-k", type=not_negative(int), default=50, help="draw among the k likeliest tokens (0: all)")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--top-p", type=positive(float), default=1.0,
+                          help="draw among the likeliest tokens that make up this probability (1: all)")
+    generate.add_argument("--min-p", type=not_negative(float), default=0.0,
+                          help="draw among tokens with at least so many times the probability of the likeliest (0: all)")
+    generate.add_argument("--repetition-penalty", type=positive(float), default=1.0,
+                          help="above 1: tokens that are there already are less likely (default 1)")
+    generate.add_argument("--seed", type=int, default=0, help="another one gives other texts")
+    generate.add_argument("--batch", type=positive(int), default=16, help="texts of a rank at a time (default 16)")
+    generate.add_argument("--cache", action=argparse.BooleanOptionalAction, default=None,
+                          help="keep keys and values of what was computed (default: where routers allow it)")
+    generate.add_argument("--stream", action=argparse.BooleanOptionalAction, default=None,
+                          help="write the text as it comes (default: of a single one, on a terminal)")
+    generate.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
+    generate.add_argument("--json", metavar="FILE", help="write texts, token ids and timings to this file")
 
 
 def _keys_help() -> str:
@@ -92,9 +114,18 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from moedist.generate import generate
-    texts = generate(args.run, args.prompt, args.max_tokens, args.temperature, args.top_k, args.seed, args.overrides)
-    say("\n---\n".join(texts))
+    if not args.prompt and not args.prompts:
+        raise ConfigError("no prompt given; add --prompt TEXT or --prompts FILE")
+    from moedist.decoding import Sampling
+    from moedist.generate import generate, read_prompts
+    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    sampling = Sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+                        args.seed, args.samples)
+    stream = args.stream if args.stream is not None else len(prompts) * args.samples == 1 and sys.stdout.isatty()
+    texts = generate(args.run, prompts, sampling, args.overrides, step=args.step, stops=args.stop, batch=args.batch,
+                     cache=args.cache, stream=stream, json_path=args.json)
+    if not stream:
+        say("\n---\n".join(prompt + sample.text for prompt, of_prompt in zip(prompts, texts) for sample in of_prompt))
 
 
 def _launched_ranks() -> int:

@@ -11,6 +11,7 @@ import torch
 
 from moedist.decoding.passes import CachedPasses, Sample, WholePasses, cacheable
 from moedist.decoding.sampling import Sampling, next_tokens
+from moedist.errors import ConfigError
 from moedist.model import Transformer
 from moedist.routing import mix_seeds
 from moedist.world import World
@@ -85,14 +86,14 @@ def generate_batch(model: Transformer, world: World, prompts: Sequence[Sequence[
         The same on every rank.
 
     Raises:
-        ValueError: an empty prompt, or a cache where routers look across tokens.
+        ValueError: an empty prompt. ConfigError: a cache where routers look across tokens.
     """
     if not all(prompts):
         raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} has no tokens; give it one, such as the end of "
                          "text")
     if cache and not cacheable(model):
-        raise ValueError("a router here looks across the tokens of a sequence, and a cache would change what it does; "
-                         "give cache=None or False")
+        raise ConfigError("a router here looks across the tokens of a sequence, and a cache would change what it does; "
+                          "go without one")
     cache = cacheable(model) if cache is None else cache
     was_training = model.training
     model.eval()

@@ -9,6 +9,7 @@ from moedist.config import config_from_dict
 from moedist.decoding import Sampling, generate_batch
 from moedist.decoding.passes import CachedPasses, Sample, WholePasses
 from moedist.dispatch import build_transport
+from moedist.errors import ConfigError
 from moedist.model import Transformer
 from moedist.placement import plan_from_config
 from moedist.world import World
@@ -129,7 +130,7 @@ def test_sequences_that_ended_are_not_dispatched():
 
 def test_refusals():
     model = build("router.name=expert_choice")
-    with pytest.raises(ValueError, match="looks across the tokens"):
+    with pytest.raises(ConfigError, match="looks across the tokens"):
         generate(model, cache=True)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         generate(model, [[1], []])
