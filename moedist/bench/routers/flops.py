@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moedist.data import EvalStream
-from moedist.engine import forward_loss
+from moedist.engine.forward import hidden_states
 from moedist.model import Batch, Transformer
 from moedist.phases.evaluation import EVAL_SEED
 from moedist.world import World
@@ -28,10 +28,10 @@ def flops_per_token(model: Transformer, stream: EvalStream, world: World, dtype:
     """Multiply-adds times two of all matrix products, forward, over the first `sequences` sequences.
 
     Experts count by their rows times `Bank.flops_per_row`, whatever kernel computes them; router, mixing (Soft MoE), shared
-    experts, attention (every token with all of its sequence, although half is masked) and the output projection as
-    `torch.utils.flop_counter` sees them.
+    experts and attention (every token with all of its sequence, although half is masked) as `torch.utils.flop_counter` sees
+    them; and the output projection.
     """
-    inputs, targets = stream.batch(0, min(sequences, stream.sequences))
+    inputs, _ = stream.batch(0, min(sequences, stream.sequences))
     batch = Batch(inputs, torch.arange(inputs.numel()).view_as(inputs), EVAL_SEED)
     counter, in_banks, before = FlopCounterMode(display=False), [0], [0]
     banks = [moe.bank for _, moe in model.moe_layers()]
@@ -43,7 +43,7 @@ def flops_per_token(model: Transformer, stream: EvalStream, world: World, dtype:
     try:
         # attention by plain products: fused kernels are not counted on every device
         with sdpa_kernel(SDPBackend.MATH), counter:
-            _, reports = forward_loss(model, batch, targets, world.device, dtype)
+            _, reports = hidden_states(model, batch.to(world.device), dtype)
     finally:
         for hook in hooks:
             hook.remove()
@@ -55,4 +55,5 @@ def flops_per_token(model: Transformer, stream: EvalStream, world: World, dtype:
         experts += sum(n * of_row[e] for e, n in enumerate(load_E))
         rows += sum(load_E) / len(reports)
     tokens = inputs.numel()
-    return Flops((counter.get_total_flops() - in_banks[0] + experts) / tokens, experts / tokens, rows / tokens)
+    others = counter.get_total_flops() - in_banks[0] + 2 * model.head_weight.numel() * tokens
+    return Flops((others + experts) / tokens, experts / tokens, rows / tokens)
