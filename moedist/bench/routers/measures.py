@@ -25,6 +25,7 @@ _RANKS = ":".join(f"{s:g}" for s in SPEEDS)
 MEASURES: dict[str, Measure] = {
     "balance": Measure("load balance", ".3f", "mean over largest rows of an expert of a layer (1: all have as many), of "
                        "held-out text, mean over layers; the reciprocal of the metric moe/load_imbalance"),
+    "balance_training": Measure("in training", ".3f", f"the same of the last {LAST_SHARE:.0%} of training"),
     "utilisation": Measure("utilisation", ".3f", "effective number of experts over their number: exp(entropy of their shares "
                            "of rows) / E, of held-out text, mean over layers"),
     "generate_tps": Measure("generation tokens/s", ",.0f", "new tokens a second, of one process with one thread on a CPU, all prompts "

@@ -84,7 +84,7 @@ def bench_routers(variants: Sequence[str] | None = None, quick: bool = False, se
         write_figures(figures, json_path)
     if errors:
         raise MoedistError(f"{len(errors)} of {len(wanted)} trainings failed: " + "; ".join(
-            f"{job.variant}, seed {job.seed}: {text}" for job, text in errors.items()))
+            f"{variant}, seed {seed}: {text}" for (variant, seed), text in errors.items()))
     return figures
 
 
@@ -108,17 +108,17 @@ def _workers(config: Config) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _train(jobs: Sequence[Job], results: Results, workers: int) -> dict[Job, str]:
-    """Do what is not done yet; errors by job."""
+def _train(jobs: Sequence[Job], results: Results, workers: int) -> dict[tuple[str, int], str]:
+    """Do what is not done yet; errors by router and seed."""
     missing = [job for job in jobs if results.get(job.variant, job.seed) is None]
-    errors: dict[Job, str] = {}
+    errors: dict[tuple[str, int], str] = {}
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} trainings were done before")
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="training", disable=None) as bar:
         for job, result in _done(missing, min(workers, max(len(missing), 1))):
             results.put(job.variant, job.seed, result)
             if "error" in result:
-                errors[job] = result["error"]
+                errors[job.variant, job.seed] = result["error"]
                 bar.write(f"{job.variant}, seed {job.seed}: {result['error']}")
             bar.set_postfix_str(f"{job.variant}, seed {job.seed}")
             bar.update(1)
@@ -160,7 +160,8 @@ def do(job: Job) -> dict[str, Any]:
         return {"error": text, "trace": traceback.format_exc()}
 
 
-def _rows(variants: Sequence[str], results: Results, budget: Budget, errors: dict[Job, str]) -> list[Row]:
+def _rows(variants: Sequence[str], results: Results, budget: Budget,
+          errors: dict[tuple[str, int], str]) -> list[Row]:
     found = {variant: [r for seed in range(budget.seeds) if (r := results.get(variant, seed))] for variant in variants}
     folders = {variant: str(results.runs / of[0]["folder"]) for variant, of in found.items() if of and of[0]["folder"]}
     speeds = measure_speeds(folders, budget) if folders else {}
@@ -168,6 +169,6 @@ def _rows(variants: Sequence[str], results: Results, budget: Budget, errors: dic
     for variant in variants:
         figures = spreads([r["figures"] for r in found[variant]]) if found[variant] else {}
         figures |= {name: Spread(value, 0.0, 1) for name, value in speeds.get(variant, {}).items()}
-        texts = [f"seed {job.seed}: {text}" for job, text in errors.items() if job.variant == variant]
+        texts = [f"seed {seed}: {text}" for (name, seed), text in errors.items() if name == variant]
         rows.append(Row(variant, figures, texts))
     return rows

@@ -68,7 +68,7 @@ def train_router(run: Run, steps: int) -> tuple[dict[int, torch.Tensor], Pairs]:
     """(layer -> rows of every expert in the last share of the steps, [E]; routing of held-out tokens before that share).
 
     Raises:
-        MoedistError: the loss is not finite.
+        MoedistError: the loss or a gradient is not finite.
     """
     run.model.train()
     tokens = run.config.train.batch * run.config.data.sequence_length
@@ -79,8 +79,10 @@ def train_router(run: Run, steps: int) -> tuple[dict[int, torch.Tensor], Pairs]:
         if step == mark:
             before = routing_of(run)
         report = train_step(run)
-        if not math.isfinite(loss := report.sums["loss"] / tokens):
-            raise MoedistError(f"the loss is {loss} after step {run.progress.step}: training has diverged")
+        loss = report.sums["loss"] / tokens
+        if not math.isfinite(loss) or (report.skipped and run.config.train.dtype != "float16"):  # which scales its loss by skips
+            raise MoedistError(f"training has diverged: loss {loss}, gradient norm {report.grad_norm} in step "
+                               f"{run.progress.step}")
         if step >= mark:
             for layer, load_WE in report.loads.items():
                 loads[layer] = loads.get(layer, 0) + load_WE.sum(0).double()
@@ -110,6 +112,7 @@ def measure(run: Run, budget: Budget, trained: dict[int, torch.Tensor], before: 
     return {
         "balance": mean_over_layers(load_balance, watch.loads),
         "utilisation": mean_over_layers(expert_utilisation, watch.loads),
+        "balance_training": mean_over_layers(load_balance, trained),
         "dropped": watch.dropped / watch.wanted if watch.wanted else 0.0,
         "diversity": sum(of_n.values()) / len(of_n), **of_n, "self_bleu": self_bleu(texts),
         "stability": agreement(before, watch.pairs), "stability_noise": agreement(watch.pairs, watch.noisy),

@@ -1,6 +1,7 @@
 """`moedist bench routers` from end to end on tiny models: the same start for all, figures, going on, and failures."""
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -28,8 +29,10 @@ TWO = ["topk+bias_rate=0.01", "soft_moe"]
 
 
 @pytest.fixture(autouse=True)
-def token_cache(cache, monkeypatch):
+def tiny(cache, monkeypatch):
+    """The token cache of the tests, and less text and fewer timings than the quick mode's."""
     monkeypatch.setenv("MOEDIST_CACHE", str(cache))
+    monkeypatch.setattr(bench, "QUICK", dataclasses.replace(QUICK, prompts=4, prompt_tokens=4, new_tokens=10, rounds=2))
 
 
 def run(out, *variants, seeds=1, steps=5, workers=1, more=(), **options):
@@ -54,7 +57,7 @@ def test_figures_table_and_pictures(tmp_path, capsys):
         for figure in ("balance", "utilisation", "diversity", "stability", "stability_noise", "self_bleu"):
             assert 0 < figures[f"routers.{name}.{figure}"] <= 1
         assert figures[f"routers.{name}.ppl_std"] > 0 and figures[f"routers.{name}.train_tps"] > 0
-        assert 1 <= figures[f"routers.{name}.makespan_over_bound"] <= figures[f"routers.{name}.makespan_over_bound_equal"] + 1e-9
+        assert all(figures[f"routers.{name}.makespan_over_bound{end}"] >= 1 - 1e-9 for end in ("", "_equal"))
     assert figures["routers.soft_moe.balance"] == 1
     rows = table_rows(tmp_path / "out" / "table.csv")
     assert [(row["router"], row["causal"], row["seeds"]) for row in rows] == [(TWO[0], "True", "2"), (TWO[1], "False", "2")]
@@ -68,13 +71,13 @@ def test_figures_table_and_pictures(tmp_path, capsys):
         assert (tmp_path / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     # the trained model of the first seed is a run like any other
     (trained,) = (tmp_path / "out" / "runs").glob("soft_moe-seed0-*")
-    main(["evaluate", str(trained), "--split", "valid"])
-    perplexity = json.loads((tmp_path / "out" / "results" / "soft_moe-seed0.json").read_text())["figures"]["ppl"]
-    assert f"perplexity {perplexity:.2f}" in capsys.readouterr().out
+    main(["generate", str(trained), "--prompt", "def ", "--max-tokens", "2"])
+    assert "def " in capsys.readouterr().out
 
 
 def test_a_bench_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
-    whole, done = timeless(run(tmp_path / "whole")), []
+    three = [*TWO, "hash"]
+    whole, done = timeless(run(tmp_path / "whole", *three)), []
 
     def cut_off(job, do=bench.do):
         if done:
@@ -85,16 +88,17 @@ def test_a_bench_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(bench, "do", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "out")
+            run(tmp_path / "out", *three)
     capsys.readouterr()
     kept = (tmp_path / "out" / "results" / f"{TWO[0]}-seed0.json").read_text()
-    assert timeless(run(tmp_path / "out")) == whole
-    assert "1 of 2 trainings were done before" in capsys.readouterr().out
+    again = timeless(run(tmp_path / "out", *three, workers=2))  # in two processes
+    assert again.keys() == whole.keys() and all(math.isclose(again[f], whole[f], rel_tol=1e-6) for f in whole)
+    assert "1 of 3 trainings were done before" in capsys.readouterr().out
     assert (tmp_path / "out" / "results" / f"{TWO[0]}-seed0.json").read_text() == kept
-    # seeds and routers may be added, models that are gone are trained again, other settings are refused
-    shutil.rmtree(next((tmp_path / "out" / "runs").glob("soft_moe-seed0-*")))
-    more = timeless(run(tmp_path / "out", "soft_moe", "hash"))
-    assert {f: v for f, v in more.items() if ".soft_moe." in f} == {f: v for f, v in whole.items() if ".soft_moe." in f}
+    # a model that is gone is trained again, other settings are refused
+    shutil.rmtree(next((tmp_path / "out" / "runs").glob("hash-seed0-*")))
+    more = timeless(run(tmp_path / "out", "hash"))
+    assert all(math.isclose(value, whole[f], rel_tol=1e-6) for f, value in more.items())
     with pytest.raises(MoedistError, match="steps was 5, is 6"):
         run(tmp_path / "out", steps=6)
     with pytest.raises(MoedistError, match="config.model.top_k was 2, is 1"):
@@ -116,14 +120,8 @@ def test_a_router_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
 
 
 def test_divergence_is_an_error_of_that_router(tmp_path):
-    with pytest.raises(MoedistError, match="the loss is .* training has diverged"):
-        run(tmp_path / "out", "topk+train.lr=1e30+train.clip=0", steps=20)
-
-
-def test_processes_give_the_same(tmp_path):
-    alone, together = (timeless(run(tmp_path / str(workers), seeds=1, workers=workers)) for workers in (1, 2))
-    assert alone.keys() == together.keys()
-    assert all(math.isclose(alone[name], together[name], rel_tol=1e-5) for name in alone)
+    with pytest.raises(MoedistError, match="training has diverged: loss nan"):
+        run(tmp_path / "out", "topk+train.lr=1e15+train.clip=0+train.warmup_steps=0", steps=3)
 
 
 def test_unknown_things_are_refused_before_training(tmp_path):
