@@ -11,7 +11,7 @@ from typing import Mapping, NamedTuple, Sequence
 import yaml
 
 from moedist.bench.routers.measures import COMPARABLE, MEASURES, Spread, written
-from moedist.bench.routers.settings import Budget
+from moedist.bench.routers.settings import Budget, needs_of
 from moedist.config import Config
 from moedist.routing import ROUTERS
 
@@ -64,7 +64,7 @@ def write_report(rows: Sequence[Row], budget: Budget, config: Config, seconds: f
 
 def report(rows: Sequence[Row], budget: Budget, config: Config, seconds: float) -> str:
     """The whole report in Markdown."""
-    parts = [describe(budget, config, seconds), router_table(rows), legend(rows)]
+    parts = [describe(budget, config, seconds), router_table(rows), legend(rows, config)]
     if compared := poster_table(rows):
         parts += [compared, POSTER_NOTE]
     return "\n\n".join(parts)
@@ -93,12 +93,16 @@ def router_table(rows: Sequence[Row]) -> str:
     return markdown(lines)
 
 
-def legend(rows: Sequence[Row]) -> str:
-    """What failed, what a star means, and every column's definition."""
+def legend(rows: Sequence[Row], config: Config) -> str:
+    """What failed, what a star means, what some routers need beside `config`, and every column's definition."""
     lines = [f"`{row.variant}`: failed: {error}" for row in rows for error in row.errors]
     if any(not row.causal for row in rows):
         lines.append("\\* not causal: a token's route depends on later tokens of its sequence, so perplexity is optimistic and "
                      "generation differs from training.")
+    needs = {name: needs for row in rows if (needs := needs_of(name := row.variant.split("+")[0], config))}
+    if needs:
+        lines.append("Beside what all have: " + "; ".join(f"`{name}` {' '.join(f'`{n}`' for n in of)}"
+                                                          for name, of in needs.items()) + ".")
     lines += [f"- **{m.head}**: {m.text}." for m in MEASURES.values() if m.head]
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from moedist.bench.figures import write_figures
 from moedist.bench.routers.keep import Results
 from moedist.bench.routers.measures import Spread, spreads
 from moedist.bench.routers.report import Row, figures_of, write_report
-from moedist.bench.routers.settings import FULL, QUICK, Budget, config_of, default_variants
+from moedist.bench.routers.settings import FULL, QUICK, Budget, base_config, config_of, default_variants
 from moedist.bench.routers.speeds import measure_speeds
 from moedist.bench.routers.training import train_and_measure
 from moedist.config import Config
@@ -46,7 +46,7 @@ def bench_routers(variants: Sequence[str] | None = None, quick: bool = False, se
     """Print the table; write table.md, table.csv and pictures to `out` and figures to `json_path`.
 
     Args:
-        variants: routers, with options as `compress --methods` has them (see `variant_overrides`); None: all.
+        variants: routers, with options as `compress --methods` has them (see `parse_variant`); None: all.
         quick: a smaller model, fewer steps and one seed.
         seeds, steps: instead of the budget's.
         workers: trainings at a time, each a process with one thread; 1: in this process. None: as many as cores, on an
@@ -71,7 +71,7 @@ def bench_routers(variants: Sequence[str] | None = None, quick: bool = False, se
     with tempfile.TemporaryDirectory(prefix="bench-routers-") if out is None else nullcontext(out) as folder:
         for variant in variants:
             config_of(budget, variant, 0, str(folder), overrides)  # refuses what is unknown before anything is trained
-        base = config_of(budget, "topk", 0, str(folder), overrides)
+        base = base_config(budget, str(folder), overrides)
         digest = prepare_corpus(base.data).digest
         results = Results(folder, _settings(budget, base, digest))
         wanted = [Job(variant, seed, budget, tuple(overrides), str(results.runs)) for seed in range(budget.seeds)

@@ -6,17 +6,30 @@ import dataclasses
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from moedist.config import Config, RouterConfig, config_from_dict
 from moedist.errors import ConfigError
 from moedist.routing import ROUTERS
 
 BALANCED = "topk+bias_rate=0.001+balance_loss=0"  # balanced without a loss; in the table beside the routers by name
-# What a router needs that the others do not have; everything else is the same for all.
-NEEDS: dict[str, tuple[str, ...]] = {
-    "switch": ("model.top_k=1",),
-    "shared_expert": ("model.shared_experts=1",),
+
+
+def _finer(config: Config) -> list[str]:
+    """Twice as many experts of half the width, and one of a token's 2K taken by the shared one: as many FLOPs."""
+    m = config.model
+    return ["model.shared_experts=1", f"model.experts={2 * m.experts}", f"model.top_k={2 * m.top_k - 1}",
+            f"model.expert_hidden={m.expert_hidden // 2}"]
+
+
+# What a router needs that the others do not have, given what all have in common; everything else is the same for all.
+NEEDS: dict[str, Callable[[Config], list[str]]] = {
+    "switch": lambda config: ["model.top_k=1"],
+    "shared_expert": lambda config: ["model.shared_experts=1"],
+    "deepseek_moe": _finer,
+    # schedules that are over before the routing is compared with itself
+    "progressive": lambda config: [f"router.options.steps={config.train_steps // 2}"],
+    "comet": lambda config: [f"router.options.permutation_steps={config.train_steps // 3}"],
 }
 
 
@@ -63,28 +76,45 @@ def default_variants() -> list[str]:
     return [*ROUTERS, BALANCED]
 
 
+def base_config(budget: Budget, folder: str, overrides: Sequence[str] = ()) -> Config:
+    """What all trainings have in common.
+
+    Raises:
+        ConfigError: an unknown key.
+    """
+    return config_from_dict(budget.config, [*overrides, f"phases=[{{train: {budget.steps}}}]", f"folder={folder}"], "the bench")
+
+
 def config_of(budget: Budget, variant: str, seed: int, folder: str, overrides: Sequence[str] = ()) -> Config:
     """The training of one router with one seed.
 
     Args:
-        variant: see `variant_overrides`; its options come after `overrides`, and those after the budget.
+        variant: see `parse_variant`; its options come after what the router needs, that after `overrides`, and those after the
+            budget.
 
     Raises:
         ConfigError: an unknown router, key or option.
     """
+    name, options = parse_variant(variant)
+    needs = needs_of(name, base_config(budget, folder, overrides))
     return config_from_dict(budget.config, [
-        *overrides, *variant_overrides(variant), f"seed={seed}", f"phases=[{{train: {budget.steps}}}]",
+        *overrides, f"router.name={name}", *needs, *options, f"seed={seed}", f"phases=[{{train: {budget.steps}}}]",
         f"name={file_name(variant)}-seed{seed}", f"folder={folder}"], f"the bench and {variant}")
 
 
-def variant_overrides(variant: str) -> list[str]:
-    """`NAME+KEY=VALUE+...` as overrides of a configuration, with what the router needs.
+def needs_of(router: str, base: Config) -> list[str]:
+    """What it needs beside `base`, as overrides."""
+    return NEEDS[router](base) if router in NEEDS else []
+
+
+def parse_variant(variant: str) -> tuple[str, list[str]]:
+    """`NAME+KEY=VALUE+...` as the name of a router and overrides of a configuration.
 
     A key with a dot is one of the configuration, one of the section `router` is taken from there, others are options of the
     router.
 
-    >>> variant_overrides("switch+capacity_factor=2")
-    ['router.name=switch', 'model.top_k=1', 'router.capacity_factor=2']
+    >>> parse_variant("switch+capacity_factor=2")
+    ('switch', ['router.capacity_factor=2'])
 
     Raises:
         ConfigError: an unknown router, or an option without a value.
@@ -93,15 +123,14 @@ def variant_overrides(variant: str) -> list[str]:
     if name not in ROUTERS:
         near = difflib.get_close_matches(name, ROUTERS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"there is no router {name!r}; did you mean {near!r}? (there are {', '.join(ROUTERS)})")
-    found = [f"router.name={name}", *NEEDS.get(name, ())]
     common = {f.name for f in dataclasses.fields(RouterConfig)} - {"name", "options"}
+    found = []
     for option in options:
         key, equals, _ = option.partition("=")
         if not equals:
             raise ConfigError(f"{variant!r}: write an option as KEY=VALUE, not {option!r}, such as {BALANCED}")
-        prefix = "" if "." in key else "router." if key in common else "router.options."
-        found.append(prefix + option)
-    return found
+        found.append(("" if "." in key else "router." if key in common else "router.options.") + option)
+    return name, found
 
 
 def file_name(variant: str) -> str:

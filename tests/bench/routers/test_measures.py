@@ -10,13 +10,13 @@ import torch
 from moedist.bench.routers.flops import flops_per_token
 from moedist.bench.routers.measures import MEASURES, Spread, spreads, written
 from moedist.bench.routers.routing import RoutingWatch, agreement, with_noise
+from moedist.bench.routers.settings import BALANCED, QUICK, config_of, needs_of, parse_variant
 from moedist.bench.routers.text import distinct, held_out_prompts, self_bleu, words
 from moedist.bench.routers.uneven import makespan_over_bound
 from moedist.config import config_from_dict
 from moedist.data import EvalStream
 from moedist.dispatch import build_transport
 from moedist.errors import ConfigError
-from moedist.bench.routers.settings import BALANCED, QUICK, config_of, variant_overrides
 from moedist.model import Transformer
 from moedist.monitor import chosen_pairs, expert_utilisation, load_balance
 from moedist.phases.evaluation import held_out_loss
@@ -190,12 +190,15 @@ def test_spreads_and_how_they_are_written():
 
 
 def test_variants():
-    assert variant_overrides(BALANCED) == ["router.name=topk", "router.bias_rate=0.001", "router.balance_loss=0"]
+    assert parse_variant(BALANCED) == ("topk", ["router.bias_rate=0.001", "router.balance_loss=0"])
     config = config_of(QUICK, "shared_expert+model.top_k=3+z_loss=0.5", 2, "x", ["model.width=32"])
     assert (config.router.name, config.model.shared_experts, config.model.top_k, config.router.z_loss, config.seed,
             config.model.width, config.phases) == ("shared_expert", 1, 3, 0.5, 2, 32, [{"train": QUICK.steps}])
-    assert variant_overrides("hash+rounds=3")[-1] == "router.options.rounds=3"
+    assert parse_variant("hash+rounds=3") == ("hash", ["router.options.rounds=3"])
+    finer = needs_of("deepseek_moe", config_from_dict(TINY, ["model.top_k=2"]))  # 3 of 8 and a shared one, of half the width
+    assert finer == ["model.shared_experts=1", "model.experts=8", "model.top_k=3", "model.expert_hidden=4"]
+    assert config_of(QUICK, "switch+model.top_k=2", 0, "x").model.top_k == 2, "options have the last word"
     with pytest.raises(ConfigError, match="did you mean 'topk'"):
-        variant_overrides("topkk")
+        parse_variant("topkk")
     with pytest.raises(ConfigError, match="KEY=VALUE, not 'bias_rate'"):
-        variant_overrides("topk+bias_rate")
+        parse_variant("topk+bias_rate")
