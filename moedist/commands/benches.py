@@ -100,10 +100,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     routers.add_argument("--quick", action="store_true", help="a small model, few steps and one seed: three minutes")
     routers.add_argument("--seeds", type=positive(int), help="trainings of each router (default 3)")
     routers.add_argument("--steps", type=positive(int), help="of each training (default 300)")
-    routers.add_argument("--workers", type=positive(int), help="trainings at a time, each with one thread (default: as many as "
-                         "there are cores)")
-    routers.add_argument("--out", metavar="FOLDER", help="write table.md, table.csv, pictures and the trained models there; the "
-                         "same command goes on where it was cut off")
+    routers.add_argument("--workers", type=positive(int), help="trainings at a time, each with one thread (default: as many "
+                         "as there are cores)")
+    routers.add_argument("--out", metavar="FOLDER", help="write table.md, table.csv, pictures and the trained models there; "
+                         "the same command goes on where it was cut off")
     routers.add_argument("--json", help="write the figures to this file")
 
 
@@ -155,5 +155,5 @@ def _bench_planner(args: argparse.Namespace) -> None:
 
 def _bench_routers(args: argparse.Namespace) -> None:
     from moedist.bench.routers import bench_routers
-    bench_routers(args.routers.split(",") if args.routers else None, args.quick, args.seeds, args.steps, args.workers, args.out,
-                  args.json, args.overrides)
+    bench_routers(args.routers.split(",") if args.routers else None, args.quick, args.seeds, args.steps, args.workers,
+                  args.out, args.json, args.overrides)

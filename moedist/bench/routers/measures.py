@@ -28,23 +28,24 @@ MEASURES: dict[str, Measure] = {
     "balance_training": Measure("in training", ".3f", f"the same of the last {LAST_SHARE:.0%} of training"),
     "utilisation": Measure("utilisation", ".3f", "effective number of experts over their number: exp(entropy of their shares "
                            "of rows) / E, of held-out text, mean over layers"),
-    "generate_tps": Measure("generation tokens/s", ",.0f", "new tokens a second, of one process with one thread on a CPU, all prompts "
-                            "in one batch, with a key-value cache for routers that a cache does not change (causal, without "
-                            "a capacity); all routers in turn, median of rounds"),
+    "generate_tps": Measure("generation tokens/s", ",.0f", "new tokens a second, of one process with one thread on a CPU, all "
+                            "prompts in one batch, with a key-value cache for routers that a cache does not change (causal, "
+                            "without a capacity); all routers in turn, median of rounds"),
     "train_tps": Measure("training tokens/s", ",.0f", "the same of training steps"),
     "diversity": Measure("diversity", ".3f", f"mean of distinct-1, -2 and -3 of text generated at temperature {TEMPERATURE}, "
                          f"top-k {TOP_K}, the same prompts for all: different n-grams of words over all n-grams"),
     "self_bleu": Measure("self-BLEU", ".3f", "mean BLEU-4 of a generated text with all others as references, by nltk: less is "
                          "more varied"),
     "stability": Measure("stability", ".3f", f"of held-out tokens' experts, after {1 - LAST_SHARE:.0%} of training against "
-                         "its end: 2 |A and B| / (|A| + |B|) of the (token, expert) pairs, mean over layers; what is drawn at "
-                         "random is drawn anew; of Soft MoE the K experts that a token reads most from"),
+                         "its end: 2 |A and B| / (|A| + |B|) of the (token, expert) pairs, mean over layers; what is drawn "
+                         "at random is drawn anew; of Soft MoE the K experts that a token reads most from"),
     "stability_noise": Measure("with noise", ".3f", f"the same with and without Gaussian noise of {NOISE:.0%} of its norm on "
                                "every router's input"),
     "ppl": Measure("perplexity", ".2f", "of a token, of held-out text"),
     "flops_per_token": Measure("MFLOPs/token", ".2f", "matrix products of the forward pass: experts by the rows they got, "
                                "with router, attention, shared experts and output"),
-    "rows_per_token": Measure("experts/token", ".2f", "rows of routed experts over tokens, mean over layers, of held-out text"),
+    "rows_per_token": Measure("experts/token", ".2f", "rows of routed experts over tokens, of held-out text, mean over "
+                              "layers"),
     "makespan_over_bound": Measure(f"makespan on {_RANKS}", ".3f", f"on ranks of speeds {_RANKS}, experts placed by the "
                                    f"planner by the loads of the last {LAST_SHARE:.0%} of training, rows of held-out text: "
                                    "time of the slowest rank over that of all rows at all speeds, sums over layers"),

@@ -15,9 +15,9 @@ from moedist.bench.routers.settings import Budget, needs_of
 from moedist.config import Config
 from moedist.routing import ROUTERS
 
-POSTER_NOTE = ("The poster does not define its measures, nor name its model, text and machine: what can be compared is the order "
-               "of the routers. rho is Spearman's rank correlation of the two columns; of eight routers, 0.74 and more is "
-               "unlikely to be chance (p < 0.05).")
+POSTER_NOTE = ("The poster does not define its measures, nor name its model, text and machine: what can be compared is the "
+               "order of the routers. rho is Spearman's rank correlation of the two columns; of eight routers, 0.74 and more "
+               "is unlikely to be chance (p < 0.05).")
 
 
 class Row(NamedTuple):
@@ -58,8 +58,8 @@ def write_report(rows: Sequence[Row], budget: Budget, config: Config, seconds: f
         write_csv(rows, folder / "table.csv")
         from moedist.bench.routers.plots import write_plots  # matplotlib, only when pictures are asked for
         pictures = write_plots([row for row in rows if row.figures], poster(), folder)
-        print(f"\nwritten: {', '.join(map(str, (folder / 'table.md', folder / 'table.csv', *pictures)))}; the trained models of "
-              f"seed 0 are runs in {folder / 'runs'}")
+        print(f"\nwritten: {', '.join(map(str, (folder / 'table.md', folder / 'table.csv', *pictures)))}; the trained models "
+              f"of seed 0 are runs in {folder / 'runs'}")
 
 
 def report(rows: Sequence[Row], budget: Budget, config: Config, seconds: float) -> str:
@@ -75,7 +75,9 @@ def describe(budget: Budget, config: Config, seconds: float) -> str:
     m, t = config.model, config.train
     tokens = budget.steps * t.batch * config.data.sequence_length
     data = " ".join(filter(None, (config.data.source, config.data.path, config.data.name)))
-    quick = " **Quick mode: a small model, barely trained; numbers only show that all works.**" if budget.name == "quick" else ""
+    quick = ""
+    if budget.name == "quick":
+        quick = " **Quick mode: a small model, barely trained; numbers only show that all works.**"
     return (f"Each router from the same weights on the same text ({data}, {config.data.tokenizer}) for {budget.steps} steps, "
             f"{tokens:,} tokens; {m.layers} layers of width {m.width}, {m.experts} experts of {m.expert_hidden}, top_k "
             f"{m.top_k}; {budget.seeds} seed{'s: mean ± standard deviation' if budget.seeds > 1 else ''}; "
@@ -97,8 +99,8 @@ def legend(rows: Sequence[Row], config: Config) -> str:
     """What failed, what a star means, what some routers need beside `config`, and every column's definition."""
     lines = [f"`{row.variant}`: failed: {error}" for row in rows for error in row.errors]
     if any(not row.causal for row in rows):
-        lines.append("\\* not causal: a token's route depends on later tokens of its sequence, so perplexity is optimistic and "
-                     "generation differs from training.")
+        lines.append("\\* not causal: a token's route depends on later tokens of its sequence, so perplexity is optimistic "
+                     "and generation differs from training.")
     needs = {name: needs for row in rows if (needs := needs_of(name := row.variant.split("+")[0], config))}
     if needs:
         lines.append("Beside what all have: " + "; ".join(f"`{name}` {' '.join(f'`{n}`' for n in of)}"

@@ -11,7 +11,6 @@ import traceback
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
@@ -140,8 +139,8 @@ def _done(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, dict[str, An
         for future in as_completed(started):
             yield started[future], future.result()
     except BrokenProcessPool as error:
-        raise MoedistError("a training's process was killed, or crashed without a word (out of memory?); with --out FOLDER the "
-                           "same command goes on from what was done, with --workers 1 one at a time") from error
+        raise MoedistError("a training's process was killed, or crashed without a word (out of memory?); with --out FOLDER "
+                           "the same command goes on from what was done, with --workers 1 one at a time") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -82,15 +82,16 @@ def base_config(budget: Budget, folder: str, overrides: Sequence[str] = ()) -> C
     Raises:
         ConfigError: an unknown key.
     """
-    return config_from_dict(budget.config, [*overrides, f"phases=[{{train: {budget.steps}}}]", f"folder={folder}"], "the bench")
+    return config_from_dict(budget.config, [*overrides, f"phases=[{{train: {budget.steps}}}]", f"folder={folder}"],
+                            "the bench")
 
 
 def config_of(budget: Budget, variant: str, seed: int, folder: str, overrides: Sequence[str] = ()) -> Config:
     """The training of one router with one seed.
 
     Args:
-        variant: see `parse_variant`; its options come after what the router needs, that after `overrides`, and those after the
-            budget.
+        variant: see `parse_variant`; its options come after what the router needs, that after `overrides`, and those after
+            the budget.
 
     Raises:
         ConfigError: an unknown router, key or option.

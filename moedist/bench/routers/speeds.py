@@ -1,4 +1,4 @@
-"""Tokens a second of all trained routers in turn, in training and in generation, so that other work on the machine hits all."""
+"""Tokens a second in training and in generation, all routers in turn, so that other work on the machine hits all alike."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def train_router(run: Run, steps: int) -> tuple[dict[int, torch.Tensor], Pairs]:
             before = routing_of(run)
         report = train_step(run)
         loss = report.sums["loss"] / tokens
-        if not math.isfinite(loss) or (report.skipped and run.config.train.dtype != "float16"):  # which scales its loss by skips
+        if not math.isfinite(loss) or (report.skipped and run.config.train.dtype != "float16"):  # which skips to scale
             raise MoedistError(f"training has diverged: loss {loss}, gradient norm {report.grad_norm} in step "
                                f"{run.progress.step}")
         if step >= mark:

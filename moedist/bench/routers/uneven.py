@@ -1,4 +1,4 @@
-"""What a router's loads mean for ranks that are not alike: the expert phase on four of them, over what no placement can beat."""
+"""What a router's loads mean for ranks that are not alike: the expert phase on four of them, over its bound."""
 
 from __future__ import annotations
 

@@ -26,13 +26,14 @@ from moedist.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, LENGTH, EXPERTS = 30, 8, 4
-TINY = {"model": {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "experts": EXPERTS, "expert_hidden": 8, "ffn_hidden": 20,
-                  "moe_every": 1, "init_std": 0.4}, "data": {"sequence_length": LENGTH}}
+TINY = {"model": {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "experts": EXPERTS, "expert_hidden": 8,
+                  "ffn_hidden": 20, "moe_every": 1, "init_std": 0.4}, "data": {"sequence_length": LENGTH}}
 
 
 def build(*overrides: str) -> Transformer:
     config = config_from_dict(TINY, overrides)
-    return Transformer(config, VOCAB, plan_from_config(config, 1), build_transport(World()), torch.device("cpu"), torch.float64)
+    return Transformer(config, VOCAB, plan_from_config(config, 1), build_transport(World()), torch.device("cpu"),
+                       torch.float64)
 
 
 def stream(tokens: int = 65) -> EvalStream:
@@ -106,9 +107,9 @@ def test_what_is_drawn_at_random_is_drawn_anew():
 
 
 def test_soft_pairs_are_the_experts_that_a_token_reads_most_from():
-    mix_out = torch.tensor([[[0.4, 0.1, 0.2, 0.3, 0.0, 0.0], [0.0, 0.1, 0.1, 0.1, 0.3, 0.4]]])  # 2 tokens, 3 experts of 2 slots
+    mix_out = torch.tensor([[[0.4, 0.1, 0.2, 0.3, 0.0, 0.0], [0.0, 0.1, 0.1, 0.1, 0.3, 0.4]]])
     rows = torch.arange(6)
-    routed = Assignment(rows, rows // 2, torch.ones(6), torch.full((3,), 2), mix_out=mix_out)
+    routed = Assignment(rows, rows // 2, torch.ones(6), torch.full((3,), 2), mix_out=mix_out)  # 2 tokens, 3 experts of 2 slots
     assert chosen_pairs(routed, 3, 1).tolist() == [0, 3 + 2]  # slots summed: 0.5, 0.5 (the first), 0; 0.1, 0.2, 0.7
     assert chosen_pairs(routed, 3, 2).tolist() == [0, 1, 3 + 1, 3 + 2]
     empty = Assignment(rows[:0], rows[:0], torch.ones(0), torch.zeros(3), mix_out=mix_out[:0])
