@@ -27,7 +27,7 @@ def write_plots(rows: Sequence["Row"], poster: Mapping[str, Mapping[str, float]]
         "stability.png": (_stability, (8, 1.8 + 0.3 * len(rows)))}
     both = [row for row in rows if row.variant in poster]
     if len(both) > 1:
-        pictures["poster.png"] = (lambda figure, _: _poster(figure, both, poster), (13, 3.4))
+        pictures["poster.png"] = (lambda figure, _: _poster(figure, both, poster), (15, 3.6))
     paths = []
     for name, (draw, size) in pictures.items():
         figure = Figure(figsize=size, layout="constrained")
@@ -46,12 +46,10 @@ def _balance_perplexity(figure: Figure, rows: Sequence["Row"]) -> None:
             axes.errorbar([row.figures["balance"].mean for row in of], [row.figures["ppl"].mean for row in of],
                           xerr=[row.figures["balance"].std for row in of], yerr=[row.figures["ppl"].std for row in of],
                           fmt=marker, color=BLUE if causal else ORANGE, ecolor="lightgrey", label=label)
-    for i, row in enumerate(rows):
-        axes.annotate(row.variant, (row.figures["balance"].mean, row.figures["ppl"].mean), fontsize=7,
-                      xytext=(5, 4 if i % 2 else -9), textcoords="offset points")
+    _name(axes, [(row.variant, row.figures["balance"].mean, row.figures["ppl"].mean) for row in rows], 7)
     axes.set_xlabel("load balance (mean over largest rows of an expert)")
     axes.set_ylabel("perplexity, held-out text")
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -81,15 +79,21 @@ def _stability(figure: Figure, rows: Sequence["Row"]) -> None:
 
 def _poster(figure: Figure, rows: Sequence["Row"], poster: Mapping[str, Mapping[str, float]]) -> None:
     for axes, name in zip(figure.subplots(1, len(COMPARABLE)), COMPARABLE):
-        for row in rows:
-            x, y = poster[row.variant][name], row.figures[name].mean
-            axes.plot(x, y, "o", color=BLUE)
-            axes.annotate(row.variant, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        points = [(row.variant, poster[row.variant][name], row.figures[name].mean) for row in rows]
+        axes.plot([x for _, x, _ in points], [y for _, _, y in points], "o", color=BLUE)
+        _name(axes, points, 6)
         axes.set_title(MEASURES[name].head, fontsize=9)
         axes.set_xlabel("poster (not defined there)", fontsize=8)
-        axes.margins(0.25)
+        axes.margins(0.35, 0.1)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("ours")
+
+
+def _name(axes: Axes, points: Sequence[tuple[str, float, float]], size: int) -> None:
+    """Names beside points, those of neighbours in height on different sides."""
+    for i, (name, x, y) in enumerate(sorted(points, key=lambda point: point[2])):
+        axes.annotate(name, (x, y), fontsize=size, xytext=(-5 if i % 2 else 5, -2), textcoords="offset points",
+                      ha="right" if i % 2 else "left")
 
 
 def _top_down(axes: Axes) -> None:
