@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -116,11 +117,15 @@ def _train(jobs: Sequence[Job], results: Results, workers: int) -> dict[tuple[st
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="training", disable=None) as bar:
         for job, result in _done(missing, min(workers, max(len(missing), 1))):
             results.put(job.variant, job.seed, result)
+            bar.update(1)
+            name = f"{job.variant}, seed {job.seed}"
             if "error" in result:
                 errors[job.variant, job.seed] = result["error"]
-                bar.write(f"{job.variant}, seed {job.seed}: {result['error']}")
-            bar.set_postfix_str(f"{job.variant}, seed {job.seed}")
-            bar.update(1)
+                bar.write(f"{name}: {result['error']}", file=sys.stderr)
+            elif bar.disable:  # no terminal
+                ppl, seconds = result["figures"]["ppl"], result["seconds"]
+                print(f"{name}: perplexity {ppl:.2f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+            bar.set_postfix_str(name)
     return errors
 
 
