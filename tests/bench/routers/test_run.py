@@ -75,6 +75,7 @@ def test_figures_table_and_pictures(tmp_path, capsys):
     assert "def " in capsys.readouterr().out
 
 
+@pytest.mark.timeout(600)  # it starts two processes that import all anew
 def test_a_bench_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     three = [*TWO, "hash"]
     whole, done = timeless(run(tmp_path / "whole", *three)), []
