@@ -16,7 +16,15 @@ SLOW_FACTOR, SLOW_ROUNDS = 4, 3
 
 def interleaved_medians(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2,
                         device: torch.device = torch.device("cpu"), slow_factor: float = SLOW_FACTOR) -> dict[str, float]:
-    """Median seconds of every function over `rounds` rounds; each round calls all of them once, in rotating order.
+    """Median of `interleaved_seconds`."""
+    seconds = interleaved_seconds(runs, rounds, warmup, device, slow_factor)
+    return {name: statistics.median(of) for name, of in seconds.items()}
+
+
+def interleaved_seconds(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2,
+                        device: torch.device = torch.device("cpu"),
+                        slow_factor: float = SLOW_FACTOR) -> dict[str, list[float]]:
+    """Seconds of every function in each of `rounds` rounds; each round calls all of them once, in rotating order.
 
     One that is `slow_factor` times slower than the fastest is timed three times before the rounds and takes no part in
     them: it decides nothing, and would take most of the time and leave a heap of gigabytes to those after it.
@@ -38,4 +46,4 @@ def interleaved_medians(runs: Mapping[str, Callable[[], object]], rounds: int, w
             value = timed(name)
             if i >= warmup:
                 seconds.setdefault(name, []).append(value)
-    return {name: statistics.median(seconds[name]) for name in runs}
+    return {name: seconds[name] for name in runs}

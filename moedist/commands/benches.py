@@ -21,6 +21,9 @@ EXAMPLES = {
     "bench offload": "example:\n  moedist bench offload runs/quickstart-20260101-120000 --methods bits=3+budget=3.75+top_n=1 "
                      "--cache 0.25 0.5\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
+    "bench routers": "examples:\n  moedist bench routers --out routers --json routers.json\n"
+                     "  moedist bench routers --quick --routers topk,hash,topk+bias_rate=0.001+balance_loss=0\n"
+                     "  moedist bench routers --out wikitext data.source=files data.path=WIKITEXT_FOLDER model.top_k=4\n",
 }
 
 
@@ -98,6 +101,20 @@ def add(commands: argparse._SubParsersAction) -> None:
     planner.add_argument("--quick", action="store_true", help="a few small problems only")
     planner.add_argument("--json", help="write the figures to this file")
 
+    routers = add_command(bench, "routers", "every router, trained alike: balance, speed, diversity, stability, perplexity",
+                          _bench_routers, EXAMPLES["bench routers"])
+    routers.add_argument("overrides", nargs="*", help="section.key=value, of the model and training that all have in common")
+    routers.add_argument("--routers", metavar="NAMES", help="separated by commas, with options such as "
+                         "topk+bias_rate=0.001+balance_loss=0 (default: all)")
+    routers.add_argument("--quick", action="store_true", help="a small model, few steps and one seed: three minutes")
+    routers.add_argument("--seeds", type=positive(int), help="trainings of each router (default 3)")
+    routers.add_argument("--steps", type=positive(int), help="of each training (default 300)")
+    routers.add_argument("--workers", type=positive(int), help="trainings at a time, each with one thread (default: as many "
+                         "as there are cores)")
+    routers.add_argument("--out", metavar="FOLDER", help="write table.md, table.csv, pictures and the trained models there; "
+                         "the same command goes on where it was cut off")
+    routers.add_argument("--json", help="write the figures to this file")
+
 
 def _bench_layer(args: argparse.Namespace) -> None:
     from moedist.bench.layer import bench_layer
@@ -148,3 +165,9 @@ def _bench_offload(args: argparse.Namespace) -> None:
 def _bench_planner(args: argparse.Namespace) -> None:
     from moedist.bench.planner import bench_planner
     bench_planner(args.quick, args.json)
+
+
+def _bench_routers(args: argparse.Namespace) -> None:
+    from moedist.bench.routers import bench_routers
+    bench_routers(args.routers.split(",") if args.routers else None, args.quick, args.seeds, args.steps, args.workers,
+                  args.out, args.json, args.overrides)

@@ -81,6 +81,10 @@ class EvalStream:
         self._tokens = tokens
         self._length = sequence_length
 
+    def head(self, sequences: int) -> "EvalStream":
+        """The first so many sequences alone; fewer where there are not as many."""
+        return EvalStream(self._tokens, self._length, min(self.targets, sequences * self._length))
+
     def batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 [count, S] each, of sequences first .. first+count-1; count may be 0."""
         _check_range(first, count)

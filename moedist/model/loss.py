@@ -19,17 +19,18 @@ def next_token_loss_sum(hidden_TD: torch.Tensor, head_VD: torch.Tensor, targets_
         targets_T: int64 next tokens; `IGNORE` (-100) counts nothing.
         chunk: tokens whose logits exist at once.
     """
-    return _ChunkedCrossEntropy.apply(hidden_TD, head_VD, targets_T, chunk)
+    gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or head_VD.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden_TD, head_VD, targets_T, chunk, gradients)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Forward computes the gradients too: the logits are at hand, and the loss is a sum, so they only need scaling."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int,
+                need: bool) -> torch.Tensor:
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         weight = head.to(hidden.dtype)
-        need = any(ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need else None
         grad_head = torch.zeros(head.shape, dtype=accumulate, device=hidden.device) if need else None
@@ -51,4 +52,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         grad_hidden, grad_head, head_dtype = ctx.grads
         ctx.grads = None
-        return grad_hidden.mul_(grad.to(grad_hidden.dtype)), grad_head.mul_(grad).to(head_dtype), None, None
+        return grad_hidden.mul_(grad.to(grad_hidden.dtype)), grad_head.mul_(grad).to(head_dtype), None, None, None

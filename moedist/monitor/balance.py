@@ -12,6 +12,32 @@ import torch
 from moedist.routing import Assignment
 
 
+def load_balance(load_E: torch.Tensor) -> float:
+    """Mean over largest rows of an expert: 1 where all have as many, 1/E where one has all; 0 without rows.
+
+    The reciprocal of OLMo-core's load imbalance, and 1 / (1 + MaxVio) of Wang et al. 2024 (arXiv 2408.15664).
+
+    >>> load_balance(torch.tensor([3, 3, 6, 0]))
+    0.5
+    """
+    load_E = load_E.double()
+    return (load_E.mean() / load_E.max()).item() if load_E.sum() else 0.0
+
+
+def expert_utilisation(load_E: torch.Tensor) -> float:
+    """Effective number of experts over E, exp(entropy of the shares of rows) / E; 0 without rows.
+
+    1 where all have as many, k/E where k experts share all rows evenly (Hill 1973, doi 10.2307/1934352, order 1).
+
+    >>> round(expert_utilisation(torch.tensor([5, 5, 0, 0])), 6)
+    0.5
+    """
+    load_E = load_E.double()
+    if not load_E.sum():
+        return 0.0
+    return torch.special.entr(load_E / load_E.sum()).sum().exp().item() / len(load_E)
+
+
 def layer_balance(load_WE: torch.Tensor, rows_W: Sequence[float], speeds_W: Sequence[float] | None = None) -> dict[str, float]:
     """Imbalance of one layer; empty where it had no rows.
 
@@ -21,7 +47,7 @@ def layer_balance(load_WE: torch.Tensor, rows_W: Sequence[float], speeds_W: Sequ
         speeds_W: of every rank, relative; None: equal. A rank of speed 0 is left out if it has no rows.
 
     Returns:
-        load_imbalance: max / mean of the experts' rows (as OLMo-core); load_cv: their standard deviation / mean;
+        load_imbalance: max / mean of the experts' rows (1 / `load_balance`); load_cv: their standard deviation / mean;
         rank_imbalance: the makespan max(rows / speed) over the bound sum(rows) / sum(speeds); unused_experts: without a row.
     """
     load_E = load_WE.sum(0).double()
@@ -30,7 +56,7 @@ def layer_balance(load_WE: torch.Tensor, rows_W: Sequence[float], speeds_W: Sequ
         return {}
     speeds = list(speeds_W) if speeds_W else [1.0] * len(rows_W)
     slowest = max(rows / speed if speed else float("inf") for rows, speed in zip(rows_W, speeds) if rows)
-    return {"load_imbalance": (load_E.max() / load_E.mean()).item(),
+    return {"load_imbalance": 1 / load_balance(load_E),
             "load_cv": (load_E.std(correction=0) / load_E.mean()).item(),
             "rank_imbalance": slowest * sum(speeds) / sum(rows_W), "unused_experts": float((load_E == 0).sum())}
 
@@ -103,6 +129,24 @@ class LoadHistory:
         self.sums.clear()
 
 
+def chosen_pairs(routed: Assignment, experts: int, top_k: int) -> torch.Tensor:
+    """The (token, expert) pairs of a routing, each one number, ascending, without repetition.
+
+    Soft MoE sends every token everywhere a little: there the K experts count that a token reads most from.
+    """
+    if routed.mix_out is None or not len(routed.mix_out):  # a rank may have no sequences
+        return (routed.token_ids_N.long() * experts + routed.expert_ids_N.long()).unique().cpu()
+    g, s, m = routed.mix_out.shape
+    of_expert_MC = torch.nn.functional.one_hot(routed.expert_ids_N[:m].long(), experts).to(routed.mix_out.dtype)
+    chosen_TK = (routed.mix_out @ of_expert_MC).flatten(0, 1).topk(top_k, dim=-1).indices
+    return (torch.arange(g * s, device=chosen_TK.device).unsqueeze(1) * experts + chosen_TK).flatten().unique().cpu()
+
+
+def shared_pairs(before: torch.Tensor, now: torch.Tensor) -> int:
+    """How many of the pairs before (see `chosen_pairs`) are there now."""
+    return int(torch.isin(before, now).sum())
+
+
 class RoutingMemory:
     """Which experts a sample of validation tokens went to, to be compared with the next evaluation's."""
 
@@ -110,14 +154,14 @@ class RoutingMemory:
         self._before: dict[int, torch.Tensor] = {}
         self._now: dict[int, torch.Tensor] = {}
 
-    def note(self, layer: int, routed: Assignment, experts: int) -> None:
+    def note(self, layer: int, routed: Assignment, experts: int, top_k: int) -> None:
         """The routing of the sample in one layer; the first call of an evaluation counts, so that it is the same sample."""
         if layer not in self._now:
-            self._now[layer] = (routed.token_ids_N.long() * experts + routed.expert_ids_N.long()).cpu()
+            self._now[layer] = chosen_pairs(routed, experts, top_k)
 
     def compare(self) -> tuple[int, int]:
         """(pairs of the evaluation before that are still there, all pairs of it), over layers; then forgets that one."""
-        kept = sum(int(torch.isin(before, self._now[i]).sum()) for i, before in self._before.items() if i in self._now)
+        kept = sum(shared_pairs(before, self._now[i]) for i, before in self._before.items() if i in self._now)
         total = sum(len(before) for i, before in self._before.items() if i in self._now)
         self._before, self._now = self._now, {}
         return kept, total

@@ -13,6 +13,7 @@ from moedist.engine import forward_loss
 from moedist.model import Batch, Transformer
 from moedist.monitor import RoutingMemory
 from moedist.placement import equal_counts
+from moedist.routing import Assignment, Router
 from moedist.world import World
 
 EVAL_SEED = 0  # routers that draw experts at random draw the same in every evaluation
@@ -34,13 +35,14 @@ class HeldOut(NamedTuple):
 @torch.no_grad()
 def held_out_loss(model: Transformer, stream: EvalStream, world: World, dtype: torch.dtype,
                   sequences: int = 16, progress: Callable[[range], Iterable[int]] = iter,
-                  routing: RoutingMemory | None = None) -> HeldOut:
+                  routing: RoutingMemory | None = None, seed: int = EVAL_SEED) -> HeldOut:
     """Loss on every token of `stream`, `sequences` at a time over all ranks.
 
     Every rank makes the same number of forward passes; sums are divided once, so uneven ranks do not bias the mean.
 
     Args:
         routing: remembers where the tokens of the first pass go, for the next evaluation.
+        seed: of routers that draw experts at random.
     """
     was_training = model.training
     model.eval()
@@ -51,7 +53,7 @@ def held_out_loss(model: Transformer, stream: EvalStream, world: World, dtype: t
         offset = first + sum(counts[:world.rank])
         inputs, targets = stream.batch(offset, counts[world.rank])
         keys = (offset + torch.arange(len(inputs))).unsqueeze(1) * inputs.shape[1] + torch.arange(inputs.shape[1])
-        sums[0] += forward_loss(model, Batch(inputs, keys, EVAL_SEED), targets, world.device, dtype)[0].item()
+        sums[0] += forward_loss(model, Batch(inputs, keys, seed), targets, world.device, dtype)[0].item()
         sums[1] += (targets >= 0).sum()  # padding is negative
         while hooks:
             hooks.pop().remove()
@@ -67,5 +69,8 @@ def _remember(model: Transformer, routing: RoutingMemory | None) -> list[Removab
     """Let every router show its routing to `routing` until the handles are removed."""
     if routing is None:
         return []
-    return [moe.router.register_forward_hook(lambda router, _, routed, layer=i: routing.note(layer, routed, router.experts))
+    def note(layer: int, router: Router, routed: Assignment) -> None:
+        routing.note(layer, routed, router.experts, router.top_k)
+
+    return [moe.router.register_forward_hook(lambda router, _, routed, layer=i: note(layer, router, routed))
             for i, moe in model.moe_layers()]

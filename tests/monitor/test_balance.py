@@ -63,12 +63,12 @@ def routed(pairs):
 
 def test_routing_stability():
     memory = RoutingMemory()
-    memory.note(0, routed([(0, 1), (0, 2), (1, 0), (1, 3)]), 4)
-    memory.note(0, routed([(0, 0)]), 4)  # a second pass: not of the sample
+    memory.note(0, routed([(0, 1), (0, 2), (1, 0), (1, 3)]), 4, 2)
+    memory.note(0, routed([(0, 0)]), 4, 2)  # a second pass: not of the sample
     assert memory.compare() == (0, 0)  # nothing to compare with
-    memory.note(0, routed([(0, 1), (0, 3), (1, 0), (1, 3)]), 4)
+    memory.note(0, routed([(0, 1), (0, 3), (1, 0), (1, 3)]), 4, 2)
     assert memory.compare() == (3, 4)
-    memory.note(0, routed([(0, 1), (0, 3), (1, 0), (1, 3)]), 4)
+    memory.note(0, routed([(0, 1), (0, 3), (1, 0), (1, 3)]), 4, 2)
     assert memory.compare() == (4, 4)
 
 
