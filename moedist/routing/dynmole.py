@@ -24,7 +24,7 @@ class DynMoLEOptions:
 
 
 class DynMoLERouter(Router):
-    """Hybrid routing by Tsallis entropy (DynMoLE, Li et al. 2025, arXiv 2504.00661, section 3).
+    """Hybrid routing by Tsallis entropy (DynMoLE, Li et al. 2025, arXiv 2504.00661).
 
     S_q(p) = (1 - sum p^q) / (q - 1) of a token's probabilities; from `threshold` on it goes to all experts (soft routing), below
     it to the best that reach `top_p`, and to K at least. The mean of S_q is a loss, beside the balance loss.
