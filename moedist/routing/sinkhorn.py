@@ -33,8 +33,9 @@ class SinkhornRouter(Router):
     Sinkhorn routing of Clark et al. 2022 (arXiv 2202.01169), which in the limit of a small temperature is the assignment of
     BASE layers (Lewis et al. 2021, arXiv 2103.16716).
 
-    The plan is made within each sequence, not the batch, so that any number of ranks has the same. In a balanced training step a route
-    depends on later tokens; in evaluation and generation it never does, so perplexity is not optimistic: `causal` is True.
+    The plan is made within each sequence, not the batch, so that any number of ranks has the same. In a balanced training
+    step a route depends on later tokens; in evaluation and generation it never does, so perplexity is not optimistic: `causal`
+    is True.
     """
 
     Options = SinkhornOptions

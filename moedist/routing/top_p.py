@@ -35,8 +35,8 @@ class TopPRouter(Router):
 
     def check(self) -> None:
         if not 0 < self.options.threshold <= 1:
-            raise ConfigError(f"router.options: threshold is {self.options.threshold:g}, a probability; give it above 0 and up "
-                              "to 1, such as 0.4")
+            raise ConfigError(f"router.options: threshold is {self.options.threshold:g}, a probability; give it above 0 and "
+                              "up to 1, such as 0.4")
 
     def loss_weights(self) -> dict[str, float]:
         return super().loss_weights() | {"entropy_loss": self.options.entropy_loss}
