@@ -14,7 +14,6 @@ from moedist.huggingface.source import CONFIG, Source
 from moedist.huggingface.upcycle import Upcycle
 from moedist.model.forms import GLOBAL_NAME
 
-BUFFERS = (".router.steps", ".router.permutation")  # and biases: what no source has stays as it starts
 
 
 class Table:
@@ -66,7 +65,7 @@ def fill(table: Table, tensors: Mapping[str, torch.Tensor], seed: int) -> None:
     """
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if name.startswith("optimizer.") or name.endswith(BUFFERS) or ".router.bias" in name:
+            if name.startswith("optimizer.") or ".router.bias" in name:  # of balancing: no source has it, it starts from zero
                 continue
             match = GLOBAL_NAME.fullmatch(name)
             pieces = table.expert(int(match[1]), int(match[2])) if match else table.dense

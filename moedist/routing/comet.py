@@ -30,10 +30,10 @@ class CometRouter(Router):
 
     Each of K trees has E leaves and at its E - 1 inner nodes a smooth step (Hazimeh et al. 2020, arXiv 2002.07772) of a linear
     score, exactly 0 or 1 beyond `gamma` / 2; v is the product of a leaf's way, and weights are v * exp(leaf score) over their
-    sum in all trees (their section 3). An entropy loss drives v to 0 and 1, so that K leaves at most are left; before that a
-    token goes to as many as E. The softmax is over what is live: no top-k, no scaling.
+    sum in all trees. An entropy loss drives v to 0 and 1, so that K leaves at most are left; before that a token goes to as
+    many as E. The softmax is over what is live: no top-k, no scaling.
 
-    Permutation local search (their section 4): for `permutation_steps` steps the experts at each tree's leaves are given by a
+    Their permutation local search: for `permutation_steps` steps the experts at each tree's leaves are given by a
     doubly stochastic matrix, learned by gradient and made hard by a falling temperature; then the nearest permutation (linear
     assignment) is kept, as state of the model. The temperatures are ours.
     """
@@ -98,7 +98,7 @@ class CometRouter(Router):
 
 
 def smooth_step(x: torch.Tensor, gamma: float) -> torch.Tensor:
-    """0 up to -gamma / 2, 1 from gamma / 2 on, a cubic between (Hazimeh et al. 2020, eq. 4)."""
+    """0 up to -gamma / 2, 1 from gamma / 2 on, a cubic between (Hazimeh et al. 2020, arXiv 2002.07772)."""
     x = (x / gamma).clamp(-0.5, 0.5)
     return (1.5 - 2 * x * x) * x + 0.5
 

@@ -24,10 +24,10 @@ class DynMoLEOptions:
 
 
 class DynMoLERouter(Router):
-    """Hybrid routing by Tsallis entropy (DynMoLE, Li et al. 2025, arXiv 2504.00661, section 3).
+    """Hybrid routing by Tsallis entropy (DynMoLE, Li et al. 2025, arXiv 2504.00661).
 
-    S_q(p) = (1 - sum p^q) / (q - 1) of a token's probabilities; from `threshold` on it goes to all experts (soft routing), below
-    it to the best that reach `top_p`, and to K at least. The mean of S_q is a loss, beside the balance loss.
+    S_q(p) = (1 - sum p^q) / (q - 1) of a token's probabilities; from `threshold` on it goes to all experts (soft routing),
+    below it to the best that reach `top_p`, and to K at least. The mean of S_q is a loss, beside the balance loss.
 
     Made for LoRA experts, where all experts cost little; here a token of all experts is E rows. An early router is unsure of
     nearly every token, and planning reckons with that.

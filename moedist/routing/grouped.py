@@ -17,8 +17,8 @@ class GroupedOptions:
 
 
 class GroupedRouter(TopKRouter):
-    """Mixture of Grouped Experts (MoGE; Pangu Pro MoE, Tang et al. 2025, arXiv 2505.21411, section 2.1): softmax over all
-    experts, then the K / M best of each of M groups.
+    """Mixture of Grouped Experts (MoGE; Pangu Pro MoE, Tang et al. 2025, arXiv 2505.21411): softmax over all experts, then
+    the K / M best of each of M groups.
 
     Where a rank owns whole groups (`placement.counts`, or `placement.owners`), ranks with as many groups have equal loads
     whatever the text. The paper's weights are the scores as they are: `router.normalize=false`.

@@ -21,10 +21,9 @@ class NullOptions:
 
 
 class NullExpertsRouter(Router):
-    """AdaMoE (Zeng et al. 2024, arXiv 2406.13233, section 3): E true and M null experts, of which a token takes the
-    K * (E + M) / E best (rounded up), so that K are true on average once all are loaded alike. Rows for null experts are not
-    sent; weights are scaled to one over the true experts of a token (their section 3.2), and a token with none passes by the
-    residual alone.
+    """AdaMoE (Zeng et al. 2024, arXiv 2406.13233): E true and M null experts, of which a token takes the K * (E + M) / E best
+    (rounded up), so that K are true on average once all are loaded alike. Rows for null experts are not sent; weights are
+    scaled to one over the true experts of a token, and a token with none passes by the residual alone.
 
     The balance loss is theirs: null experts, being all the same, count by their mean load, so that a token is free to take
     many or none. Loads are those of a sequence, not of the batch: ranks tell each other only how often true experts are

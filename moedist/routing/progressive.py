@@ -20,8 +20,8 @@ class ProgressiveOptions:
 
 class ProgressiveRouter(TopKRouter):
     """Progressive sparsification as in Sigma-MoE-Tiny (Hu et al. 2025, arXiv 2512.16248): more experts a token early in
-    training, K later, since a balance loss fails in very sparse layers that start so. It is the lower layers where they saw that;
-    here every layer with experts does it, and the number falls evenly over `steps`.
+    training, K later, since a balance loss fails in very sparse layers that start so. They saw that in lower layers; here
+    every layer with experts does it, and the number falls evenly over `steps`.
 
     Steps done are state of the model, saved with it: an evaluation routes as training does at that step.
     """

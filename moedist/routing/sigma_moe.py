@@ -20,9 +20,9 @@ class SigmaMoEOptions:
 
 
 class SigmaMoERouter(Router):
-    """sigma-MoE (Csordas et al. 2023, arXiv 2310.10837, section 5): scores sigmoid(x W), the K best, weights the scores as
-    they are: one expert's does not push down another's. Against collapse, the entropy of softmax(x W), averaged over tokens, is
-    maximised (their eq. 20-21, over the batch; here over each sequence, so that any number of ranks has the same), and in
+    """sigma-MoE (Csordas et al. 2023, arXiv 2310.10837): scores sigmoid(x W), the K best, weights the scores as they
+    are: one expert's does not push down another's. Against collapse, the entropy of softmax(x W), averaged over tokens, is
+    maximised (theirs over the batch, here over each sequence, so that any number of ranks has the same), and in
     training a token cannot choose some experts, drawn at random: they come last in line.
     """
 

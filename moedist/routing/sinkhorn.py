@@ -20,20 +20,22 @@ SALT = 0x51C
 
 @dataclass(frozen=True)
 class SinkhornOptions:
-    fraction: float = key(0.2, "part of the training steps whose routes are balanced (1: all, as Clark et al. do)")
+    fraction: float = key(0.01, "part of the training steps whose routes are balanced (1: all, as Clark et al. do)")
     iterations: int = key(8, "rounds of scaling, over tokens and over experts")
     temperature: float = key(1.0, "logits are divided by it before; a small one makes routes hard")
 
 
 class SinkhornRouter(Router):
     """Selective Sinkhorn routing (Nguyen et al. 2025, arXiv 2511.08972): tokens go to experts by an optimal transport plan in
-    a part of the training steps, and by top-k softmax in all others and in evaluation. The weights of a balanced step are
-    those of the plan, so that its gradient reaches the router; there is no balance loss. With `fraction=1` it is the Sinkhorn
-    routing of Clark et al. 2022 (arXiv 2202.01169, section 3 and appendix), who have the BASE layer (Lewis et al. 2021, arXiv
-    2103.16716) as the limit of a small temperature.
+    a part of the training steps, drawn at random, and by top-k softmax in all others and in evaluation. Experts and weights of
+    a balanced step are those of the plan, so that its gradient reaches the router; there is no balance loss. `temperature` is
+    their weight of the plan's entropy; their optional noise is left out. With `fraction=1` experts are chosen as by the
+    Sinkhorn routing of Clark et al. 2022 (arXiv 2202.01169), which in the limit of a small temperature is the assignment of
+    BASE layers (Lewis et al. 2021, arXiv 2103.16716).
 
-    The plan is made within each sequence, so that any number of ranks has the same. In a balanced training step a route
-    depends on later tokens; in evaluation and generation it never does, so perplexity is not optimistic: `causal` is True.
+    The plan is made within each sequence, not the batch, so that any number of ranks has the same. In a balanced training
+    step a route depends on later tokens; in evaluation and generation it never does, so perplexity is not optimistic: `causal`
+    is True.
     """
 
     Options = SinkhornOptions

@@ -20,9 +20,9 @@ class TopPOptions:
 
 
 class TopPRouter(Router):
-    """Dynamic routing (Huang et al. 2024, arXiv 2403.07652, section 3.2): the smallest set of best experts whose
-    probabilities sum to `threshold` or more; weights are the probabilities, never scaled, or a token of one expert would
-    give its router no gradient. The entropy is a loss (their section 3.3), beside the balance loss.
+    """Dynamic routing (Huang et al. 2024, arXiv 2403.07652): the smallest set of best experts whose probabilities sum to
+    `threshold` or more; weights are the probabilities, never scaled, or a token of one expert would give its router no
+    gradient. Their dynamic loss is the entropy of the probabilities, beside the balance loss.
 
     `model.top_k` chooses nothing here; planning takes it for the mean number of experts of a token.
     """
@@ -35,8 +35,8 @@ class TopPRouter(Router):
 
     def check(self) -> None:
         if not 0 < self.options.threshold <= 1:
-            raise ConfigError(f"router.options: threshold is {self.options.threshold:g}, a probability; give it above 0 and up "
-                              "to 1, such as 0.4")
+            raise ConfigError(f"router.options: threshold is {self.options.threshold:g}, a probability; give it above 0 and "
+                              "up to 1, such as 0.4")
 
     def loss_weights(self) -> dict[str, float]:
         return super().loss_weights() | {"entropy_loss": self.options.entropy_loss}
