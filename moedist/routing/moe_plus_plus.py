@@ -36,6 +36,7 @@ class MoEPlusPlusRouter(Router):
     """
 
     Options = MoEPlusPlusOptions
+    balances = True
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
         super().__init__(width, experts, top_k, config, sequence)

@@ -19,6 +19,8 @@ class TopKRouter(Router):
     algorithm 1; its section 4.3 has the proportional rule). The bias is state of the model, the same on every rank.
     """
 
+    balances = True
+
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
         super().__init__(width, experts, top_k, config, sequence)
         self.weight = nn.Parameter(torch.empty(experts, width))
