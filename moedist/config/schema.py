@@ -103,8 +103,8 @@ class RouterConfig:
     bias_rate: float = key(0.0, "step of the auxiliary-loss-free balancing bias (0: off; 0.001 is usual; topk and "
                                 "shared_expert)")
     bias_rule: str = key("sign", "how far the bias of an expert moves in a step: sign (bias_rate, whatever is missing) or "
-                                 "proportional (bias_rate times what is missing of its rows, at most bias_rate: it settles nearer, "
-                                 "and bears a larger rate)")
+                                 "proportional (bias_rate times what is missing of its rows, at most bias_rate: it settles "
+                                 "nearer, and bears a larger rate)")
     balance_to: str = key("equal", "what the bias or the balance loss aims at: equal (loads of all experts) or speed (loads "
                                    "of ranks in proportion to their speed, which is measured or placement.speeds)")
     capacity_factor: Optional[float] = key(None, "rows an expert takes of one sequence, over the even share; topk, "
