@@ -75,8 +75,8 @@ def check_router(config: Config) -> None:
         raise ConfigError(f"router.balance_to=speed: router {r.name} cannot aim at loads; set "
                           f"router.balance_to=equal, or router.name to one of {balancing}")
     if ROUTERS[r.name].shares_weights and config.engine.zero_stage == 3:
-        raise ConfigError(f"router {r.name} has weights that several layers use, which ZeRO-3 would have partitioned in between; "
-                          "set engine.zero_stage=2")
+        raise ConfigError(f"router {r.name} has weights that several layers use, which ZeRO-3 would have partitioned in "
+                          "between; set engine.zero_stage=2")
     router_of(config)
 
 

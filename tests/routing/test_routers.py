@@ -64,7 +64,8 @@ def test_gradients_match_finite_differences(name):
 
     def outputs(x, *_):
         a = r(inputs(x=x))
-        found = [a.weights_N, *a.aux_losses.values(), a.prob_sum_E, a.mix_in, a.mix_out, a.shared_gate_T1, a.direct_TD, a.carried]
+        found = [a.weights_N, *a.aux_losses.values(), a.prob_sum_E, a.mix_in, a.mix_out, a.shared_gate_T1, a.direct_TD,
+                 a.carried]
         return tuple(v for v in found if v is not None and v.requires_grad)
 
     assert torch.autograd.gradcheck(outputs, (x, *r.parameters()), atol=1e-6)
