@@ -62,13 +62,13 @@ def bench_balance(steps: int, timed: int, rate: float, json_path: str | None, se
     with World.start(config_from_dict(CONFIG, [slowdown]).world) as world, tempfile.TemporaryDirectory() as folder:
         folder = world.broadcast_object(folder)
         for seed in seeds:
-            sides = {name: Side(_build(world, f"{folder}/{seed}", name, [f.format(rate=rate) for f in of], steps + timed, seed))
-                     for name, of in SIDES.items()}
+            sides = {name: Side(_build(world, f"{folder}/{seed}", name, [one.format(rate=rate) for one in of], steps + timed,
+                                       seed)) for name, of in SIDES.items()}
             found.append(_one_seed(world, sides, steps, timed if seed == seeds[-1] else 0))
         figures = {f"balance.4211.{name}": statistics.mean(of[name] for of in found if name in of) for name in found[-1]}
         if world.is_main:
-            print(f"\nranks of speeds {SPEEDS} with 4 of 16 experts each, {steps} steps, seeds {list(seeds)}, bias rate {rate:g}; "
-                  f"loads of the last {LAST} steps")
+            print(f"\nranks of speeds {SPEEDS} with 4 of 16 experts each, {steps} steps, seeds {list(seeds)}, bias rate "
+                  f"{rate:g}; loads of the last {LAST} steps")
             for name, value in figures.items():
                 print(f"  {name} {value:.4g}")
             write_figures(figures, json_path)
@@ -98,7 +98,8 @@ def _one_seed(world: World, sides: dict[str, Side], steps: int, timed: int) -> d
                     side.step(world, measured=block > 0)
         for name, side in of_time.items():
             figures[f"{name}.timed_over_bound"] = expert_over_bound(world, side.reports)
-        figures["speed.expert_phase_ratio"] = _phase_s(world, of_time["bias"].reports) / _phase_s(world, of_time["speed"].reports)
+        bias_s, speed_s = (_phase_s(world, of_time[name].reports) for name in ("bias", "speed"))
+        figures["speed.expert_phase_ratio"] = bias_s / speed_s
     return figures
 
 
@@ -113,7 +114,7 @@ def rows_over_bound(reports: Sequence[StepReport], speeds: Sequence[float]) -> f
 
 
 def load_balance(reports: Sequence[StepReport]) -> float:
-    """1 - sum_e |f_e - 1/E| / 2, mean over steps and layers: the part of the rows that are where equal loads would have them."""
+    """1 - sum_e |f_e - 1/E| / 2, mean over steps and layers: the part of the rows that are where equal loads want them."""
     found = []
     for report in reports:
         for load_WE in report.loads.values():
@@ -124,8 +125,8 @@ def load_balance(reports: Sequence[StepReport]) -> float:
 
 def _phase_s(world: World, reports: Sequence[StepReport]) -> float:
     """Measured expert phase: of every layer the time of the slowest rank, summed. Every rank must call it."""
-    return sum(max(t.get(layer, 0.0) for t in times) for times in zip(*world.gather_objects([r.times.expert_s for r in reports]))
-               for layer in reports[0].loads)
+    of_ranks = world.gather_objects([r.times.expert_s for r in reports])
+    return sum(max(t.get(layer, 0.0) for t in times) for times in zip(*of_ranks) for layer in reports[0].loads)
 
 
 def _build(world: World, folder: str, name: str, overrides: list[str], length: int, seed: int) -> Run:

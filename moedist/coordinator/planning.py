@@ -85,7 +85,8 @@ def problems(cluster: Cluster, loads: Mapping[int, Sequence[float]], sizes: Size
                         for island in sorted(set(islands))) if cluster.apart else None
     work = {layer: sizes.work(layer, loads[layer]) for layer in sizes.moe_layers}
     return {layer: Problem(
-        loads=tuple(float(f) for f in work[layer]), speeds=cluster.expert.effective(max(sum(work[layer]), 1), sizes.expert_calls),
+        loads=tuple(float(f) for f in work[layer]),
+        speeds=cluster.expert.effective(max(sum(work[layer]), 1), sizes.expert_calls),
         slots=slots, islands=islands, max_copies=config.max_copies,
         copy_cost_s=2 * sizes.expert_bytes / min(links) if links else 0.0, hot_copies=config.hot_copies,
         island_rows=island_rows)
@@ -137,7 +138,8 @@ def written_again(plan: Plan, cluster: Cluster, sizes: Sizes, config: PlacementC
     return _proposal(found, layers, plan.batch_shares, plan, cluster, "targets by speed")
 
 
-def _aimed(found: Mapping[int, Problem], layers: Mapping[int, LayerPlan], cluster: Cluster, sizes: Sizes) -> dict[int, LayerPlan]:
+def _aimed(found: Mapping[int, Problem], layers: Mapping[int, LayerPlan], cluster: Cluster,
+           sizes: Sizes) -> dict[int, LayerPlan]:
     """The layers with targets for their routers, where those balance by speed."""
     return {i: replace(layer, targets=target_shares(layer, found[i].speeds, sizes.costs.get(i)) if cluster.aims else ())
             for i, layer in layers.items()}

@@ -128,7 +128,8 @@ class SpeedTracker:
         self._seen = [tuple(deque[float](maxlen=WINDOW) for _ in range(2)) for _ in facts]
 
     def observe(self, times: RankTimes, calls: int, expert_calls: int | None = None) -> None:
-        """Take in one step, of `calls` forward and backward passes, and `expert_calls` (None: as many) of each layer's experts."""
+        """Take in one step, of `calls` forward and backward passes, and `expert_calls` of each layer's experts (None: as
+        many)."""
         for r, (expert, dense) in enumerate(self._seen):
             layers = [rows[r] for rows in (times.work or times.rows).values()]
             predicted = sum(self._expert.seconds(r, rows, expert_calls or calls) for rows in layers)

@@ -38,7 +38,8 @@ def drawn(batch: Batch, draws: int) -> Batch:
     """The batch, `draws` times one after the other, with other noise each time: as so many passes, in one."""
     if draws == 1:
         return batch
-    return Batch(batch.ids_GS.repeat(draws, 1), torch.cat([batch.keys_GS + (i << DRAW_BITS) for i in range(draws)]), batch.seed)
+    keys_GS = torch.cat([batch.keys_GS + (i << DRAW_BITS) for i in range(draws)])
+    return Batch(batch.ids_GS.repeat(draws, 1), keys_GS, batch.seed)
 
 
 def losses_of_draws(hidden_GSD: torch.Tensor, head_VD: torch.Tensor, targets_GS: torch.Tensor, dtype: torch.dtype,

@@ -58,4 +58,5 @@ class _ChunkedSymmetricKL(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         first, second, head, head_dtype = ctx.grads
         ctx.grads = None
-        return (first.mul_(grad.to(first.dtype)), second.mul_(grad.to(second.dtype)), head.mul_(grad).to(head_dtype), None, None)
+        by_hidden = (g.mul_(grad.to(g.dtype)) for g in (first, second))
+        return (*by_hidden, head.mul_(grad).to(head_dtype), None, None)

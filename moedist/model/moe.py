@@ -67,8 +67,9 @@ class MoELayer(nn.Module):
     replicated.
 
     Attributes:
-        watch: None, or called once in every forward pass (of an iteration, where there are several) with (rows that arrived, what their experts made of them, rows of
-            each local expert, what the router of this rank wanted); what it returns takes the place of the experts' results.
+        watch: None, or called once in every forward pass (in each iteration, where there are several) with (rows that arrived,
+            what their experts made of them, rows of each local expert, what the router of this rank wanted); what it returns
+            takes the place of the experts' results.
             Set on all ranks or on none: rows then travel by `Dispatcher.plain`, which the watch may use too.
         restored: of experts in few bits, at how many of a token's, by router weight, their compensators are used; None: all.
             The same on every rank.

@@ -49,8 +49,8 @@ def target_shares(layer: LayerPlan, speeds: Sequence[float], costs: Sequence[flo
     speeds_W = np.asarray(speeds, dtype=float)
     if (stuck := np.flatnonzero(holds_W & (speeds_W <= 0))).size:
         raise PlacementError(f"router.balance_to=speed: rank {stuck[0]} has experts "
-                             f"{layer.experts_of_rank(int(stuck[0]))[:8]} but speed {speeds_W[stuck[0]]:g}, so they should get "
-                             "no rows; give it no experts, or a speed above 0")
+                             f"{layer.experts_of_rank(int(stuck[0]))[:8]} but speed {speeds_W[stuck[0]]:g}, so they should "
+                             "get no rows; give it no experts, or a speed above 0")
     wanted_W = np.where(holds_W, speeds_W, 0.0)
     wanted_W /= wanted_W.sum()
     work_E = np.full(layer.experts, 1 / layer.experts)

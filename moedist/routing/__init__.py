@@ -94,11 +94,11 @@ def check_router(config: Config) -> None:
     r = config.router
     if r.balance_to == "speed" and not ROUTERS[r.name].balances:
         balancing = ", ".join(name for name, router in sorted(ROUTERS.items()) if router.balances)
-        raise ConfigError(f"router.balance_to=speed: router {r.name} has loads that no bias or loss changes; set "
+        raise ConfigError(f"router.balance_to=speed: router {r.name} cannot aim at loads; set "
                           f"router.balance_to=equal, or router.name to one of {balancing}")
     if ROUTERS[r.name].shares_weights and config.engine.zero_stage == 3:
-        raise ConfigError(f"router {r.name} has weights that several layers use, which ZeRO-3 would have partitioned in between; "
-                          "set engine.zero_stage=2")
+        raise ConfigError(f"router {r.name} has weights that several layers use, which ZeRO-3 would have partitioned in "
+                          "between; set engine.zero_stage=2")
     router_of(config)
 
 

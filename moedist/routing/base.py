@@ -89,7 +89,8 @@ class Router(nn.Module):
         options: those of this router.
         causal: False where a token's route depends on later tokens of its sequence: perplexity is then optimistic, and
             generation differs from training.
-        balances: whether a bias or the balance loss can change its loads.
+        balances: whether its bias and its balance loss can aim at targets, for `router.balance_to=speed`; a router that says
+            so uses `bias_step` for the one and leaves the other to the layer (`prob_sum_E`).
         targets_E: part of the rows that each expert is to get (CPU), as the plan in force says; None: equal parts. Set by the
             layer, not saved: the plan is.
         free_experts: how many entries `demand_E` has beyond the E, for experts that need no computing.
@@ -99,7 +100,7 @@ class Router(nn.Module):
     """
 
     causal = True
-    balances = True
+    balances = False
     shares_weights = False
     free_experts = 0
     iterations = 1

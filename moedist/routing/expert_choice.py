@@ -19,7 +19,6 @@ class ExpertChoiceRouter(Router):
     """
 
     causal = False
-    balances = False
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
         super().__init__(width, experts, top_k, config, sequence)

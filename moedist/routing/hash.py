@@ -14,8 +14,6 @@ class HashRouter(Router):
     K > 1 takes K different experts by K hashes (their MultiHash), each with weight 1/K. Nothing is learned.
     """
 
-    balances = False
-
     def forward(self, inputs: RouterInput) -> Assignment:
         ids = inputs.vocab_ids_GS.flatten()
         experts_TK = uniform(ids, self.experts, HASH_SEED).topk(self.top_k, dim=-1).indices

@@ -9,7 +9,8 @@ import torch
 
 def balance_loss_sum(prob_sum_E: torch.Tensor, global_demand_E: torch.Tensor,
                      targets_E: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """sum_e f_e * P_e / q_e, by default E * sum_e f_e * P_e, where f_e is the global share of rows that want expert e and P_e the summed probability here.
+    """sum_e f_e * P_e / q_e, by default E * sum_e f_e * P_e, where f_e is the global share of rows that want expert e and P_e
+    the summed probability here.
 
     The loss of Switch (Fedus et al. 2021, arXiv 2101.03961, eq. 4) with f counted over all ranks (Qiu et al. 2025, arXiv
     2501.11873): summed over ranks and divided by the global number of tokens it is 1 at perfect balance, and it does not

@@ -36,6 +36,7 @@ class MoEPlusPlusRouter(Router):
     """
 
     Options = MoEPlusPlusOptions
+    balances = True
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
         super().__init__(width, experts, top_k, config, sequence)
@@ -111,4 +112,5 @@ class MoEPlusPlusRouter(Router):
         of_itself_T = of_itself_T + (constants * mix_TC2[..., 0]).sum(1)
         with torch.autocast(x_TD.device.type, enabled=False):
             # a view of the weights is saved for the backward pass: of the parameter itself ZeRO-3 would leave nothing
-            return of_itself_T.unsqueeze(1) * x_TD + (constants * mix_TC2[..., 1]) @ self.vectors.view(o.constant, -1).to(dtype)
+            vectors_CD = self.vectors.view(o.constant, -1).to(dtype)
+            return of_itself_T.unsqueeze(1) * x_TD + (constants * mix_TC2[..., 1]) @ vectors_CD

@@ -13,8 +13,6 @@ class RandomRouter(Router):
     same; in evaluation the seed is fixed.
     """
 
-    balances = False
-
     def forward(self, inputs: RouterInput) -> Assignment:
         keys = inputs.keys_GS.flatten()
         # the K largest of E independent uniforms are a uniform draw without replacement

@@ -18,7 +18,6 @@ class SoftMoERouter(Router):
     """
 
     causal = False
-    balances = False
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
         super().__init__(width, experts, top_k, config, sequence)

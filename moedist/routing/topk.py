@@ -15,9 +15,12 @@ class TopKRouter(Router):
     """Top-k softmax routing as in Mixtral (Jiang et al. 2024, arXiv 2401.04088, section 2.1).
 
     With `bias_rate` > 0 a bias per expert is added to the score that chooses (not to the weight) and moves after every
-    step by `bias_rate` towards equal loads (or targets, see `Router`): auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664,
-    algorithm 1; its section 4.3 has the proportional rule). The bias is state of the model, the same on every rank.
+    step by `bias_rate` towards equal loads, or targets (see `Router`): auxiliary-loss-free balancing (Wang et al. 2024, arXiv
+    2408.15664, algorithm 1; their ablations have a rule without the sign). The bias is state of the model, the same on every
+    rank.
     """
+
+    balances = True
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
         super().__init__(width, experts, top_k, config, sequence)

@@ -24,7 +24,7 @@ TREE = {"data": {"tokenizer": "byte", "sequence_length": 64, "max_documents": 15
 
 
 def balanced(world, folder, cache):
-    """Rows of every rank and loads in each step, the plan at the end, and the targets and bias of a run that goes on from it."""
+    """Rows of every rank in each step, balance, the plan at the end, and whether a run that goes on has targets and bias."""
     config = config_from_dict(TREE, [f"folder={folder}", f"data.cache={cache}"])
     written = written_plan(config, world.size, None)[0]
     run = build_run(config, world, written)
