@@ -22,7 +22,7 @@ EXAMPLES = {
                      "--cache 0.25 0.5\n",
     "bench planner": "example:\n  moedist bench planner --json planner.json\n",
     "bench routers": "examples:\n  moedist bench routers --out routers --json routers.json\n"
-                     "  moedist bench routers --quick --routers topk,hash,topk+bias_rate=0.001+balance_loss=0\n"
+                     "  moedist bench routers --quick --routers topk,hash,topk+bias_rate=0.01+balance_loss=0\n"
                      "  moedist bench routers --out wikitext data.source=files data.path=WIKITEXT_FOLDER model.top_k=4\n",
 }
 
@@ -105,7 +105,7 @@ def add(commands: argparse._SubParsersAction) -> None:
                           _bench_routers, EXAMPLES["bench routers"])
     routers.add_argument("overrides", nargs="*", help="section.key=value, of the model and training that all have in common")
     routers.add_argument("--routers", metavar="NAMES", help="separated by commas, with options such as "
-                         "topk+bias_rate=0.001+balance_loss=0 (default: all)")
+                         "topk+bias_rate=0.01+balance_loss=0 (default: all)")
     routers.add_argument("--quick", action="store_true", help="a small model, few steps and one seed: three minutes")
     routers.add_argument("--seeds", type=positive(int), help="trainings of each router (default 3)")
     routers.add_argument("--steps", type=positive(int), help="of each training (default 300)")

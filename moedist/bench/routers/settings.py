@@ -12,7 +12,9 @@ from moedist.config import Config, RouterConfig, config_from_dict
 from moedist.errors import ConfigError
 from moedist.routing import ROUTERS
 
-BALANCED = "topk+bias_rate=0.001+balance_loss=0"  # balanced without a loss; in the table beside the routers by name
+# Balanced without a loss, in the table beside the routers by name. The usual rate of 0.001 is for tens of thousands of steps:
+# in a few hundred, biases that move so slowly arrive nowhere.
+BALANCED = "topk+bias_rate=0.01+balance_loss=0"
 
 
 def _finer(config: Config) -> list[str]:
@@ -27,6 +29,8 @@ NEEDS: dict[str, Callable[[Config], list[str]]] = {
     "switch": lambda config: ["model.top_k=1"],
     "shared_expert": lambda config: ["model.shared_experts=1"],
     "deepseek_moe": _finer,
+    "loss_free": lambda config: ["router.options.update_rate=0.01"],  # as for BALANCED
+    "group_limited": lambda config: ["router.options.update_rate=0.01"],
     # schedules that are over before the routing is compared with itself
     "progressive": lambda config: [f"router.options.steps={config.train_steps // 2}"],
     "comet": lambda config: [f"router.options.permutation_steps={config.train_steps // 3}"],
