@@ -11,10 +11,10 @@ import site
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import pytest
 
@@ -105,7 +105,7 @@ class Cluster:
         return submit(self.request(profile, *overrides, **more))
 
     def state(self, folder: JobFolder, index: int = 0) -> str:
-        return state_of(folder.read(), folder.members()[index], index, queued())
+        return state_of(folder.members()[index], queued())
 
     def wait(self, what: str, done: Callable[[], object], folder: JobFolder, timeout: float = 240,
              index: int | None = None) -> None:
@@ -160,9 +160,19 @@ class Cluster:
         """Until nothing is left of the last life on any node."""
         self.wait("the last life is over", lambda: not any(self._steps(node) & set(numbers(folder)) for node in NODES), folder)
 
+    @contextmanager
+    def taken(self, node: str, partition: str = "mixed") -> Iterator[str]:
+        """Another's job has a node for itself; its number."""
+        command = ["sbatch", "--parsable", "-p", partition, "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600"]
+        number = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        try:
+            yield number
+        finally:
+            subprocess.run(["scancel", number], check=True)
+
     def said(self, folder: JobFolder) -> str:
         """All that is known of a job: its logs, and Slurm's view."""
-        logs = [*folder.path.glob("slurm-*.log"), *(log for m in folder.members() for log in sorted(m.logs.glob("*-*.log")))]
+        logs = [log for m in folder.members() for log in (*m.batch_logs(), *sorted(m.logs.glob("*-*.log")))]
         parts = [(str(log.relative_to(folder.path)), log.read_text(errors="replace")) for log in logs]
         for command in (["scontrol", "show", "job"], ["sinfo", "-N", "-l"], ["sinfo", "-R"]):
             parts.append((" ".join(command), subprocess.run(command, capture_output=True, text=True, check=False).stdout))

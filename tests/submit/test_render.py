@@ -25,6 +25,7 @@ def test_array_and_its_members():
     request = Request(str(ROOT / "configs/quickstart.yaml"), ["folder=/shared/runs"], str(ROOT / "slurm/clusters/nvidia.yaml"),
                       each=[["seed=0"], ["seed=1"], ["seed=2"]])
     text = dry_run(request)
+    assert text.startswith("# training 0: seed=0\n# training 1: seed=1\n# training 2: seed=2\n\n#!/bin/bash\n")
     assert "#SBATCH --array=0-2\n" in text and "slurm-%A_%a.log" in text
     assert "export MOEDIST_JOB=$folder/$SLURM_ARRAY_TASK_ID\n" in text
 
@@ -33,5 +34,6 @@ def test_sweep_over_heterogeneous_jobs_is_a_job_each():
     request = Request(str(ROOT / "configs/quickstart.yaml"), ["folder=/shared/runs"],
                       str(ROOT / "slurm/clusters/mixed-hetjob.yaml"), each=[["seed=0"], ["seed=1"]])
     text = dry_run(request)
+    assert "# training 0: seed=0\n#!/bin/bash\n" in text and "\n# training 1: seed=1\n#!/bin/bash\n" in text
     assert "--array" not in text and text.count("#SBATCH hetjob") == 2
     assert "export MOEDIST_JOB=$folder/0\n" in text and "export MOEDIST_JOB=$folder/1\n" in text
