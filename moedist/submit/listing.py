@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Mapping, Sequence
 
 from moedist.errors import ConfigError
-from moedist.monitor.table import table
 from moedist.submit.job_folder import JobFolder, Member
 from moedist.submit.queue import Queued, ask_slurm, queued
 
@@ -65,6 +64,7 @@ def state_of(member: Member, queue: Mapping[str, Queued]) -> str:
 
 def show_jobs(root: str | Path, names: Sequence[str] = ()) -> str:
     """A table of jobs: state, step, newest checkpoint, loss, kinds of nodes."""
+    from moedist.monitor.table import table  # brings torch, which submitting and cancelling do not wait for
     trainings = [find_trainings(name, root)[1] for name in names] or [folder.members() for folder in job_folders(root)]
     if not trainings:
         return f"no jobs in {Path(root) / 'jobs'}; moedist submit CONFIG --cluster PROFILE makes one"

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Mapping, Sequence
 
 from moedist.config import Config, load_config
-from moedist.monitor.table import table
 from moedist.submit.follow import follow
 from moedist.submit.job_folder import JobFolder
 from moedist.submit.profile import Profile, read_profile
@@ -135,6 +134,7 @@ def _remarks(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(found: Sequence[Mapping[str, Any]]) -> str:
+    from moedist.monitor.table import table  # brings torch
     rows = []
     for facts in found:
         versions = dict(facts["versions"])

@@ -88,8 +88,9 @@ class Cluster:
         for kind, own in kinds:
             partition = keys.get("partition", kind)
             gres = "" if keys.get("form") == "constraint" else f'gres: "gpu:{kind}:1", '
+            venv = "" if "venv:" in own else f"venv: {self.shared}/venv-{kind}, "
             lines.append(f"  - {{name: {kind}, partition: {partition}, {gres}cpus_per_task: 1, memory: 1G, "
-                         f"constraint: {kind}, venv: {self.shared}/venv-{kind}, {own}}}")
+                         f"constraint: {kind}, {venv}{own}}}")
         keys.pop("partition", None)
         lines += [f"{key}: {value}" for key, value in {"time": '"10:00"', "signal_s": 60, **keys}.items()]
         path = self.shared / f"{name}.yaml"

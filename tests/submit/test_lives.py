@@ -73,7 +73,7 @@ def test_preempted_job_goes_on_with_one_node_fewer(slurm):
 def test_crashed_node_is_survived(slurm):
     profile = slurm.profile("crash", nvidia="nodes: 1", amd="nodes: 1")
     folder = slurm.submit(profile, *TWO, "phases=[{train: 60}]", "checkpoint.every=5",
-                          "world.slowdown={0: [1, 1], 3: [10, 10]}")
+                          "world.slowdown={0: [1, 1], 3: [10, 10], 30: [1, 1]}")
     slurm.wait_for_step(folder, 11)
     member, = folder.members()
     node = next(node for node in ("amd1", "amd2") if slurm.pids_of_ranks(node))
