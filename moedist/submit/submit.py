@@ -93,6 +93,7 @@ def run_here(request: Request) -> int:
         executor = LocalExecutor(folder.submitit)
         executor.update_parameters(tasks_per_node=shape.tasks, timeout_min=10**5, stderr_to_stdout=True)
         os.environ["MOEDIST_JOB"] = str(member.path)
+        os.environ.setdefault("SUBMITIT_LOG_LEVEL", "WARNING")  # as on Slurm
         if "CUDA_VISIBLE_DEVICES" in os.environ:
             os.environ["MOEDIST_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
         job = executor.submit(task)
