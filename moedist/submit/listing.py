@@ -74,15 +74,16 @@ def show_jobs(root: str | Path, names: Sequence[str] = ()) -> str:
         job, values, found = member.folder.read(), member.last_metrics(), queue.get(member.number)
         lives, state, saved = member.lives(), state_of(member, queue), member.checkpoint()
         loss = values.get("train/loss")
-        rows.append([member.label, member.number, state, str(len(lives) + (state == "RUNNING")), str(values.get("step", "-")),
+        shown = "CHECKED" if job.check and state == "DONE" else state
+        rows.append([member.label, member.number, shown, str(len(lives) + (state == "RUNNING")), str(values.get("step", "-")),
                      "-" if saved is None else str(saved), "-" if loss is None else f"{loss:.4f}", ", ".join(job.kinds),
                      found.nodes if found and found.nodes else (lives[-1]["nodes"] if lives else "-")])
         if found is not None and found.state == "PENDING" and found.reason not in ("None", ""):
             remarks.append(f"{member.label} waits: {found.reason}")
+        elif job.check and not (found and found.active):
+            remarks.append(f"{member.label} was a check, no training; {_result(member.folder)}")
         elif lives and not (found and found.active):
             remarks.append(f"{member.label}: {lives[-1]['why']}")
-        if job.check and not (found and found.active):
-            remarks.append(f"{member.label} was a check, no training; {_result(member.folder)}")
     head = ["job", "number", "state", "lives", "step", "saved", "loss", "kinds", "nodes"]
     return "\n".join([table(head, rows), *remarks])
 

@@ -56,7 +56,7 @@ def test_heterogeneous_job_equals_torchrun(slurm, six_by_torchrun, amd_first):
     order = ["amd1", "amd2", "nvidia1", "nvidia1", "nvidia2", "nvidia2"]
     logs = [member.log(0, rank).read_text() for rank in range(6)]
     assert [log.splitlines()[0] for log in logs] == (order if amd_first else order[2:] + order[:2])
-    assert all(len(log.splitlines()) == 1 for log in logs[1:]), logs  # rank 0 speaks for all
+    assert not any(word in log for log in logs for word in ("submitit INFO", "[c10d]")), logs
     first = next(line for line in member.log(0).read_text().splitlines() if line.startswith("first step"))
     assert all(part in first for part in ("in the queue", "imports", "until ranks had met", "for the step")), first
     print(first)

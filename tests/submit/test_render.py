@@ -1,6 +1,8 @@
 """The texts for sbatch are compared with recorded files; MOEDIST_RECORD=1 writes them anew."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,14 @@ def test_array_and_its_members():
     assert text.startswith("# training 0: seed=0\n# training 1: seed=1\n# training 2: seed=2\n\n#!/bin/bash\n")
     assert "#SBATCH --array=0-2\n" in text and "slurm-%A_%a.log" in text
     assert "export MOEDIST_JOB=$folder/$SLURM_ARRAY_TASK_ID\n" in text
+
+
+def test_a_reader_that_has_seen_enough():
+    command = [sys.executable, "-m", "moedist", "submit", "configs/quickstart.yaml", "--cluster", "slurm/clusters/nvidia.yaml",
+               "--dry-run"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as printing:
+        printing.stdout.close()
+        assert printing.stderr.read() == "" and printing.wait(timeout=60) == 1
 
 
 def test_sweep_over_heterogeneous_jobs_is_a_job_each():

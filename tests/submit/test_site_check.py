@@ -41,6 +41,7 @@ def test_check_on_real_nodes(slurm, capfd):
     assert programs == ["/opt/venv/bin/python", f"{slurm.shared}/venv-amd/module/python-of-module"]
     assert JobFolder(folder).script.read_text().count("--time=2:00\n") == 2
     listed = show_jobs(slurm.shared / "checked")
+    assert " CHECKED " in listed and "trained to" not in listed
     assert "was a check, no training; it found 2 problems:\n  kind nvidia asks for gpu:nvidia:1" in listed
 
 
