@@ -49,13 +49,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     way = submit.add_mutually_exclusive_group()
     way.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     way.add_argument("--local", action="store_true", help="run it on this machine, all ranks, and show the log")
-    way.add_argument("--check", action="store_true", help="instead, a job of two minutes at most that tells what would break the run")
+    way.add_argument("--check", action="store_true",
+                     help="instead, a job of two minutes at most that tells what would break the run")
     way.add_argument("--follow", action="store_true", help="show rank 0's log until the job has ended")
 
     jobs = add_command(commands, "jobs", "list jobs: state, step, loss, nodes", _jobs, EXAMPLES["jobs"])
     jobs.add_argument("job", nargs="*", help=f"only these: {JOB}")
-    jobs.add_argument("--follow", action="store_true", help="show rank 0's log of one job until it has ended; of a sweep, of all "
-                                                            "its trainings")
+    jobs.add_argument("--follow", action="store_true",
+                      help="show rank 0's log of one job until it has ended; of a sweep, of all its trainings")
 
     cancel = add_command(commands, "cancel", "cancel a job; its ranks save a checkpoint first", _cancel, EXAMPLES["cancel"])
     cancel.add_argument("job", help=JOB)
@@ -119,7 +120,8 @@ def _resize(args: argparse.Namespace) -> None:
     from moedist.submit.submit import resize, show
     _, members = find_trainings(args.job, args.folder)
     if len(members) > 1:
-        raise ConfigError(f"{args.job} is a sweep of {len(members)} trainings; name the one you mean, such as {members[0].label}")
+        raise ConfigError(f"{args.job} is a sweep of {len(members)} trainings; name the one you mean, such as "
+                          f"{members[0].label}")
     member = resize(members[0], None if args.fit else _numbers(args.nodes), args.time)
     sys.exit(0 if show([member], args.follow) else 1)
 

@@ -35,8 +35,8 @@ def decide(job: Job, lives: Sequence[Mapping[str, Any]], restarts: int, told: st
         lives: that ended before, see `Member.lives`.
         restarts: of the job until now.
         told: why Slurm ends the job: preempted or requeued (it has put it back into the queue itself), cancelled (by moedist
-            cancel), ended (by scancel, or by a site that cancels what it preempts: it does not come back), limit (the time limit,
-            where the signal ahead of it came too late or ranks took too long), or empty: it does not.
+            cancel), ended (by scancel, or by a site that cancels what it preempts: it does not come back), limit (the time
+            limit, where the signal ahead of it came too late or ranks took too long), or empty: it does not.
         finished: whether training is done.
         code: exit code of srun; step: the last that was logged, 0: none.
 

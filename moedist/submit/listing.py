@@ -37,8 +37,8 @@ def find_trainings(text: str, root: str | Path = "runs") -> tuple[JobFolder, lis
             folder = JobFolder(path.parent)
             if int(path.name) < len(members := folder.members()):
                 return folder, [members[int(path.name)]]
-            raise ConfigError(f"{folder.path.name} has {len(members)} training{'s' if len(members) > 1 else ''}, counted from 0; "
-                              f"there is no {path.name}")
+            raise ConfigError(f"{folder.path.name} has {len(members)} training{'s' if len(members) > 1 else ''}, counted from "
+                              f"0; there is no {path.name}")
     for folder in reversed(job_folders(root)):
         members = folder.members()
         if folder.read().array and text == folder.read().numbers[0]:
@@ -114,8 +114,8 @@ def cancel(text: str, root: str | Path = "runs") -> str:
         if member not in active:
             lines.append(f"{member.label} was not in the queue any more; {checkpoint_in_words(member)}")
         elif queue[member.number].state == "RUNNING":
-            lines.append(f"cancelled: {member.label} (job {member.number}), which runs: its ranks save a checkpoint first, where "
-                         f"they have begun to train; until then, {checkpoint_in_words(member)}")
+            lines.append(f"cancelled: {member.label} (job {member.number}), which runs: its ranks save a checkpoint first, "
+                         f"where they have begun to train; until then, {checkpoint_in_words(member)}")
         else:
             lines.append(f"cancelled: {member.label} (job {member.number}), which waited; {checkpoint_in_words(member)}")
     to_go_on = " or ".join(f"moedist resize {member.label}" for member in members[:2]) + (" ..." if len(members) > 2 else "")

@@ -54,8 +54,9 @@ def queued() -> dict[str, Queued]:
 
 
 def jobs_of(lines: Sequence[str]) -> dict[str, Queued]:
-    """Jobs by number, of squeue's lines. A heterogeneous job is over when all its components are: the one that is over first is
-    not the one whose batch script still runs.
+    """Jobs by number, of squeue's lines.
+
+    A heterogeneous job is over when all its components are: the first of them may end while the batch script still runs.
 
     >>> jobs_of(["7+1|CANCELLED|a2|None", "7+0|COMPLETING|n1|None"])
     {'7': Queued(state='COMPLETING', nodes='a2,n1', reason='None')}

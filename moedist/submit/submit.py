@@ -120,8 +120,8 @@ def resize(member: Member, nodes: Optional[Mapping[str, int]] = None, time_limit
     if state in ("RUNNING", "COMPLETING", "CONFIGURING"):
         raise ConfigError(f"{member.label} is {state}; cancel it first (it saves a checkpoint), then resize it")
     if state == "DONE" or job.check:
-        raise ConfigError(f"{member.label} " + ("was a check, no training" if job.check else "is done: it has trained to its end")
-                          + "; submit what you mean anew")
+        what = "was a check, no training" if job.check else "is done: it has trained to its end"
+        raise ConfigError(f"{member.label} {what}; submit what you mean anew")
     site = read_site()
     wanted = nodes_there(read_profile(before.profile), site) if nodes is None else nodes
     profile = read_profile(before.profile, wanted, time_limit)

@@ -164,7 +164,8 @@ class Cluster:
     @contextmanager
     def taken(self, node: str, partition: str = "mixed") -> Iterator[str]:
         """Another's job has a node for itself; its number."""
-        command = ["sbatch", "--parsable", "-p", partition, "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600"]
+        command = ["sbatch", "--parsable", "-p", partition, "-w", node, "--exclusive", "-o", "/dev/null", "--wrap",
+                   "sleep 600"]
         number = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         try:
             yield number

@@ -97,7 +97,8 @@ def test_sweep_is_an_array_and_the_command_line_follows_it(slurm):
     assert {config.monitor.group for config in configs} == {folder.path.name}
     assert [(step_of(member), member.lives()[0]["nodes"]) for member in folder.members()] == [(3, "amd2"), (3, "amd2")]
     listed = show_jobs(runs).splitlines()
-    assert len(listed) == 5 and all("DONE" in line and "2x1 amd" in line and line.endswith("amd2") for line in listed[1:3]), listed
+    assert len(listed) == 5
+    assert all("DONE" in line and "2x1 amd" in line and line.endswith("amd2") for line in listed[1:3]), listed
     one = show_jobs(runs, [f"{folder.path.name}/1"])
     assert f"{number}_1" in one and f"{number}_0" not in one
     assert show_jobs(runs, [f"{number}_1"]) == one and show_jobs(runs, [number]) == show_jobs(runs)

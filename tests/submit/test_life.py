@@ -38,7 +38,7 @@ def test_decide(before, restarts, told, finished, code, step, outcome, again):
 
 @pytest.mark.parametrize("slurm, said, told", [
     (["JobId=1 JobState=COMPLETING Restarts=2", "COMPLETING None"], "JOB 1 ON a CANCELLED AT 2026", "ended"),
-    (["JobId=1 JobState=COMPLETING Restarts=3", "COMPLETING None"], "JOB 1 ON a CANCELLED AT 2026 DUE TO PREEMPTION", "preempted"),
+    (["JobId=1 JobState=COMPLETING Restarts=3", "COMPLETING None"], "JOB 1 ON a CANCELLED DUE TO PREEMPTION", "preempted"),
     (["JobId=1 HetJobOffset=0 Restarts=3", "JobId=2 HetJobOffset=1 Restarts=3"], "", "preempted"),
     (["JobId=1 JobState=COMPLETING Restarts=3"], "JOB 1 ON a CANCELLED AT 2026 DUE TO JOB REQUEUE", "requeued"),
     (["JobId=1 JobState=COMPLETING Restarts=2", "TIMEOUT TimeLimit"], "", "limit"),

@@ -43,7 +43,7 @@ def test_examples_are_profiles_with_a_comment_above_every_key(name):
 
 @pytest.mark.parametrize("text, message", [
     ("kinds: []\ntime: '1'\n", "names no nodes"),
-    ("kinds: [{name: a, partitions: x}]\n", "did you mean 'partition' of an entry of kinds? (moedist submit --help lists the keys"),
+    ("kinds: [{name: a, partitions: x}]\n", "did you mean 'partition' of an entry of kinds? (moedist submit --help"),
     ("kinds: [{name: a}]\nacount: x\n", "unknown key 'acount' in {path}; did you mean 'account'?"),
     ("kinds: [{name: job}]\n", "a kind is called job, as scripts of a job are"),
     ("kinds: [{name: a, nodes: two}]\n", "nodes"),
