@@ -15,5 +15,6 @@ __all__ = [
     "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "FileKind",
     "LowBitConfig", "ModelConfig", "MonitorConfig", "OffloadConfig", "PlacementConfig", "RouterConfig", "TrainConfig",
     "WorldConfig", "check_config", "compress_config", "compress_options", "config_from_dict", "describe_fields",
-    "describe_keys", "for_ranks", "key", "load_config", "load_dataclass", "number_islands", "phases_override", "profile_steps", "to_yaml",
+    "describe_keys", "for_ranks", "key", "load_config", "load_dataclass", "number_islands", "phases_override",
+    "profile_steps", "to_yaml",
 ]
