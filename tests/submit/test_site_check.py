@@ -27,7 +27,7 @@ def test_check_on_real_nodes(slurm, capfd):
     """
     container, module = container_of(slurm), module_of(slurm)
     profile = slurm.profile("checked", nvidia=f"nodes: 1, container: {container}, python: /opt/venv/bin/python, venv: null",
-                            amd=f"nodes: 1, modules: [{module}], python: python-of-module, venv: null")
+                            amd=f"nodes: 1, modules: [{module}], python: python-of-module, venv: null", signal_s=300)
     assert not check_site(slurm.request(profile))
     shown = capfd.readouterr().out
     problems = [line for line in shown.splitlines() if line.startswith("problem:")]
