@@ -161,23 +161,24 @@ set_up() {
     use_venv
 }
 
-# install_slurm: Slurm and munge for slurm/devcluster, where this is Debian or Ubuntu and root asks. Where not, what needs
-# them says so.
+# install_slurm: Slurm and munge for slurm/devcluster, and environment modules, where this is Debian or Ubuntu and root asks.
+# Where not, what needs them says so.
 install_slurm() {
-    local missing=() program
+    local missing=() program packages=(slurm-wlm munge iproute2 environment-modules)
     for program in slurmctld slurmd sbatch munged ip; do
         command -v "$program" >/dev/null || missing+=("$program")
     done
+    [[ -e /etc/profile.d/modules.sh || -e /etc/profile.d/lmod.sh ]] || missing+=("environment modules")
     if ((${#missing[@]} == 0)); then return; fi
     if ((EUID)) || ! command -v apt-get >/dev/null; then
         say "no ${missing[*]}: tests that need a Slurm are skipped (as root on Debian or Ubuntu it would be installed)"
         return
     fi
-    say "installing slurm-wlm and munge for slurm/devcluster"
+    say "installing ${packages[*]} for slurm/devcluster and its tests"
     local options=(-qq -y --no-install-recommends -o DPkg::Lock::Timeout=120)
-    if ! DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" slurm-wlm munge iproute2 >/dev/null 2>&1; then
+    if ! DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" "${packages[@]}" >/dev/null 2>&1; then
         apt-get update -qq >/dev/null 2>&1 || true
-        DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" slurm-wlm munge iproute2 >/dev/null ||
+        DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" "${packages[@]}" >/dev/null ||
             say "could not install them: tests that need a Slurm are skipped"
     fi
 }

@@ -27,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # default, on the cores that the expert threads need (moedist.model.grouped_ffn); 1000 turns are some microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = parse(argv)
-    guarded(lambda: args.handler(args), args.debug)
+    try:
+        guarded(lambda: args.handler(args), args.debug)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is there anything to flush at the end
+        sys.exit(1)
     if (world := sys.modules.get("moedist.world")) and world.find_launch().size > 1:
         world.leave_process()
 

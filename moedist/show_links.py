@@ -45,7 +45,7 @@ def show_links(config_path: str, overrides: Sequence[str], json_path: str | None
                   f"{world.size * (world.size - 1) // 2} links measured in {time.perf_counter() - start:.1f} s")
         world.say(f"one direction at a time, medians of {LONG.rounds} rounds, checked in "
                   f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}\n\n"
-                  f"{describe(facts, world.islands, hosts)}\n")
+                  f"{describe(facts, world.island_names, hosts)}\n")
         if world.is_main and json_path:
             Path(json_path).write_text(facts_to_json(facts), encoding="utf-8")
         uneven, broken = uneven_links(facts), [f for f in facts if f.wrong]

@@ -258,7 +258,7 @@ def _describe(run: Run) -> str:
               f"{len(held)} layers, {count} of {sum(counts)} sequences"
               for i, ((_, held, device, vendor), count) in enumerate(zip(ranks, counts))]
     if world.size > 1 and layers:
-        lines.append(f"  {describe_ways(layers[0].dispatcher)}")
+        lines.append(f"  {describe_ways(layers[0].dispatcher, run.world.island_names)}")
     if not model.causal:
         lines.append(f"router {config.router.name} looks at later tokens of a sequence: its perplexity is optimistic")
     if run.progress.step:

@@ -148,6 +148,7 @@ class World:
     crowded: tuple[str, ...] = ()  # hosts with more ranks than cores
     timeout_s: float = 300.0  # of a collective
     islands: tuple[int, ...] = (0,)  # island of every rank: ranks that share a native collective library
+    island_names: tuple[str, ...] = ("0",)  # the same as they are called: vendors, or what world.islands says
     groups: Islands | None = None  # process groups of the islands, where they carry rows
     meter: Meter = field(default_factory=Meter)
 
@@ -193,7 +194,8 @@ class World:
         backend = NATIVE_BACKENDS.get(self.device.type)
         backend = backend if backend and dist.is_backend_available(backend) else None
         ranks = self.gather_objects((self.vendor, self.device.type, here, self.device.index, _cores(), backend))
-        self.islands = number_islands([r[0] for r in ranks] if config.islands is None else config.islands)
+        labels = [r[0] for r in ranks] if config.islands is None else config.islands
+        self.islands, self.island_names = number_islands(labels), tuple(map(str, labels))
         one_vendor = len({r[:2] for r in ranks}) == 1
         devices = [(r[2].host, r[3]) for r in ranks]
         own_device = [devices.count(device) == 1 for device in devices]  # NCCL refuses two ranks on one GPU

@@ -109,7 +109,7 @@ def on_islands(world: World, islands: tuple[int, ...]) -> World:
         return world
     if islands not in _groups:
         _groups[islands] = Islands.connect(islands, world.rank, [None] * world.size, timedelta(seconds=100))
-    return replace(world, islands=islands, groups=_groups[islands])
+    return replace(world, islands=islands, island_names=tuple(map(str, islands)), groups=_groups[islands])
 
 
 def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float64):

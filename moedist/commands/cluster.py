@@ -9,6 +9,7 @@ import sys
 from moedist.commands.parsing import add_command
 from moedist.errors import ConfigError
 
+JOB = "folder name or Slurm's number; NAME/1 or NUMBER_1 is one training of a sweep"
 EXAMPLES = {
     "submit": """examples:
   moedist submit configs/quickstart.yaml --cluster slurm/clusters/mixed-hetjob.yaml --dry-run
@@ -17,9 +18,19 @@ EXAMPLES = {
   moedist submit configs/quickstart.yaml --cluster slurm/clusters/nvidia.yaml --each seed=0 --each "seed=1 train.lr=1e-3"
 then: moedist jobs
 """,
-    "jobs": "examples:\n  moedist jobs\n  moedist jobs quickstart-20260101-120000 --follow\n",
-    "cancel": "example:\n  moedist cancel quickstart-20260101-120000     (or Slurm's number)\n",
-    "resize": "example:\n  moedist resize quickstart-20260101-120000 --nodes amd=1     (it goes on from its checkpoint)\n",
+    "jobs": """examples:
+  moedist jobs
+  moedist jobs quickstart-20260101-120000 --follow
+  moedist jobs quickstart-20260101-120000/1 --follow     (one training of a sweep)
+""",
+    "cancel": """examples:
+  moedist cancel quickstart-20260101-120000     (or Slurm's number)
+  moedist cancel quickstart-20260101-120000/1   (one training of a sweep)
+""",
+    "resize": """examples:
+  moedist resize quickstart-20260101-120000 --nodes amd=1              (it goes on from its checkpoint)
+  moedist resize quickstart-20260101-120000/1 --fit --time 12:00:00    (one training of a sweep)
+""",
 }
 
 
@@ -38,23 +49,26 @@ def add(commands: argparse._SubParsersAction) -> None:
     way = submit.add_mutually_exclusive_group()
     way.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     way.add_argument("--local", action="store_true", help="run it on this machine, all ranks, and show the log")
-    way.add_argument("--check", action="store_true", help="instead, a job of a minute or two that tells what would break the run")
+    way.add_argument("--check", action="store_true",
+                     help="instead, a job of two minutes at most that tells what would break the run")
     way.add_argument("--follow", action="store_true", help="show rank 0's log until the job has ended")
 
     jobs = add_command(commands, "jobs", "list jobs: state, step, loss, nodes", _jobs, EXAMPLES["jobs"])
-    jobs.add_argument("job", nargs="*", help="only these: folder name or Slurm's number")
-    jobs.add_argument("--follow", action="store_true", help="show rank 0's log of one job until it has ended")
+    jobs.add_argument("job", nargs="*", help=f"only these: {JOB}")
+    jobs.add_argument("--follow", action="store_true",
+                      help="show rank 0's log of one job until it has ended; of a sweep, of all its trainings")
 
     cancel = add_command(commands, "cancel", "cancel a job; its ranks save a checkpoint first", _cancel, EXAMPLES["cancel"])
-    cancel.add_argument("job", help="folder name or Slurm's number")
+    cancel.add_argument("job", help=JOB)
 
     resize = add_command(commands, "resize", "submit a job that waits or has ended anew, on other numbers of nodes", _resize,
                          EXAMPLES["resize"])
-    resize.add_argument("job", help="folder name or Slurm's number")
+    resize.add_argument("job", help=JOB)
     numbers = resize.add_mutually_exclusive_group()
     numbers.add_argument("--nodes", action="append", default=[], metavar="KIND=N",
                          help="number of nodes of a kind; 0: without it (default: as they were)")
     numbers.add_argument("--fit", action="store_true", help="as many nodes as are idle now, down to each kind's min_nodes")
+    resize.add_argument("--time", help="other time limit than it had")
     resize.add_argument("--follow", action="store_true", help="show rank 0's log until the job has ended")
     for command in (jobs, cancel, resize):
         command.add_argument("--folder", default="runs", help="folder that run folders are made in (default runs)")
@@ -81,17 +95,17 @@ def _submit(args: argparse.Namespace) -> None:
         from moedist.submit.site_check import check_site
         sys.exit(0 if check_site(request) else 1)
     else:
-        show(submit(request), args.follow)
+        sys.exit(0 if show(submit(request).members(), args.follow) else 1)
 
 
 def _jobs(args: argparse.Namespace) -> None:
-    from moedist.submit.listing import find_job, show_jobs
+    from moedist.submit.listing import find_trainings, show_jobs
     if args.follow:
         from moedist.submit.follow import follow
         from moedist.submit.submit import resize
         if len(args.job) != 1:
             raise ConfigError("--follow shows one job; name it (moedist jobs lists them)")
-        follow(find_job(args.job[0], args.folder).members()[0], resize)
+        sys.exit(0 if follow(find_trainings(args.job[0], args.folder)[1], resize) else 1)
     else:
         print(show_jobs(args.folder, args.job))
 
@@ -102,9 +116,14 @@ def _cancel(args: argparse.Namespace) -> None:
 
 
 def _resize(args: argparse.Namespace) -> None:
-    from moedist.submit.listing import find_job
+    from moedist.submit.listing import find_trainings
     from moedist.submit.submit import resize, show
-    show(resize(find_job(args.job, args.folder), None if args.fit else _numbers(args.nodes)), args.follow)
+    _, members = find_trainings(args.job, args.folder)
+    if len(members) > 1:
+        raise ConfigError(f"{args.job} is a sweep of {len(members)} trainings; name the one you mean, such as "
+                          f"{members[0].label}")
+    member = resize(members[0], None if args.fit else _numbers(args.nodes), args.time)
+    sys.exit(0 if show([member], args.follow) else 1)
 
 
 def _numbers(texts: list[str]) -> dict[str, int]:

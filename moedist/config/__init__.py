@@ -2,8 +2,8 @@
 
 from moedist.config.check import check_config, profile_steps
 from moedist.config.load import (
-    compress_config, compress_options, config_from_dict, describe_fields, describe_keys, load_config, load_dataclass,
-    phases_override, to_yaml,
+    FileKind, compress_config, compress_options, config_from_dict, describe_fields, describe_keys, load_config,
+    load_dataclass, phases_override, to_yaml,
 )
 from moedist.config.ranks import for_ranks, number_islands
 from moedist.config.schema import (
@@ -12,8 +12,9 @@ from moedist.config.schema import (
 )
 
 __all__ = [
-    "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "LowBitConfig",
-    "ModelConfig", "MonitorConfig", "OffloadConfig", "PlacementConfig", "RouterConfig", "TrainConfig", "WorldConfig",
-    "check_config", "compress_config", "compress_options", "config_from_dict", "describe_fields", "describe_keys", "for_ranks",
-    "key", "load_config", "load_dataclass", "number_islands", "phases_override", "profile_steps", "to_yaml",
+    "CheckpointConfig", "CompressConfig", "Config", "DataConfig", "DispatchConfig", "EngineConfig", "FileKind",
+    "LowBitConfig", "ModelConfig", "MonitorConfig", "OffloadConfig", "PlacementConfig", "RouterConfig", "TrainConfig",
+    "WorldConfig", "check_config", "compress_config", "compress_options", "config_from_dict", "describe_fields",
+    "describe_keys", "for_ranks", "key", "load_config", "load_dataclass", "number_islands", "phases_override",
+    "profile_steps", "to_yaml",
 ]

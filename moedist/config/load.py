@@ -20,6 +20,19 @@ from moedist.errors import ConfigError
 Shape = TypeVar("Shape")
 
 
+@dataclasses.dataclass(frozen=True)
+class FileKind:
+    """What a YAML file is, for errors: its name, a file to start from, and the command that lists its keys."""
+
+    name: str
+    example: str
+    help_command: str
+    overridden: bool = False  # by section.key=value
+
+
+CONFIGURATION = FileKind("a configuration", "configs/quickstart.yaml", "moedist train --help", overridden=True)
+
+
 def load_config(path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Config:
     """The configuration in a YAML file, with `section.key=value` overrides on top.
 
@@ -29,19 +42,24 @@ def load_config(path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Conf
     return load_dataclass(Config, path, overrides)
 
 
-def load_dataclass(cls: type[Shape], path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Shape:
-    """A YAML file as a dataclass with typed fields, with dotted overrides on top; see `load_config` for the errors."""
+def load_dataclass(cls: type[Shape], path: str | pathlib.Path, overrides: Iterable[str] = (),
+                   kind: FileKind = CONFIGURATION) -> Shape:
+    """A YAML file as a dataclass with typed fields, with dotted overrides on top; see `load_config` for the errors.
+
+    Args:
+        kind: what the file is, for errors.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ConfigError(f"no file {path}; give the path of a YAML file, such as configs/quickstart.yaml")
+        raise ConfigError(f"no file {path}; give the path of a YAML file, such as {kind.example}")
     try:
         # OmegaConf's loader is YAML 1.1 with the float of YAML 1.2, so that 3e-4 is a number.
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"{path} holds no keys; start from a file in configs/")
-    return _from_dict(cls, tree, overrides, origin=str(path))
+        raise ConfigError(f"{path} holds no keys; start from {kind.example}")
+    return _from_dict(cls, tree, overrides, str(path), kind)
 
 
 def config_from_dict(tree: dict[str, Any], overrides: Iterable[str] = (), origin: str = "the configuration") -> Config:
@@ -65,7 +83,8 @@ def compress_options(method: str, ratio: float, tokens: int, more: Iterable[str]
     return _from_dict(CompressConfig, tree, more, "the command line")
 
 
-def _from_dict(cls: type[Shape], tree: dict[str, Any], overrides: Iterable[str], origin: str) -> Shape:
+def _from_dict(cls: type[Shape], tree: dict[str, Any], overrides: Iterable[str], origin: str,
+               kind: FileKind = CONFIGURATION) -> Shape:
     overrides = list(overrides)
     for text in overrides:
         if "=" not in text:
@@ -74,13 +93,17 @@ def _from_dict(cls: type[Shape], tree: dict[str, Any], overrides: Iterable[str],
     try:
         return OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.create(tree), OmegaConf.from_dotlist(overrides)))
     except ConfigKeyError as error:
-        full = str(error.full_key)
-        raise ConfigError(f"unknown key {full!r} in {origin} or its overrides; did you mean "
-                          f"{nearest_key(full, cls)!r}? (moedist train --help lists the keys of a configuration)") from error
+        full, where = str(error.full_key), f"{origin} or its overrides" if kind.overridden else origin
+        near = nearest_key(full, cls)
+        section, _, leaf = near.rpartition(".")
+        near = repr(near) if kind.overridden or not section else f"{leaf!r} of an entry of {section}"
+        raise ConfigError(f"unknown key {full!r} in {where}; did you mean {near}? "
+                          f"({kind.help_command} lists the keys of {kind.name})") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         where = getattr(error, "full_key", None)
         what = f"value for {where!r}" if where else f"YAML in an override ({' '.join(overrides)})"
-        raise ConfigError(f"bad {what} in {origin} or its overrides: {str(error).splitlines()[0]}") from error
+        where = f"{origin} or its overrides" if kind.overridden else origin
+        raise ConfigError(f"bad {what} in {where}: {str(error).splitlines()[0]}") from error
 
 
 def phases_override(phases: Iterable[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Sequence, Union
 
 import torch
 
@@ -73,14 +73,15 @@ def build_dispatcher(layout: Layout, transport: Transport, device: torch.device,
     return DedupDispatcher(layout, transport, device, sharing, place)
 
 
-def describe_ways(dispatcher: AnyDispatcher) -> str:
-    """How rows travel, in words; what `auto` has chosen among it."""
+def describe_ways(dispatcher: AnyDispatcher, island_names: Sequence[str]) -> str:
+    """How rows travel, in words; what `auto` has chosen among it. `island_names`: of every rank."""
+    names = f"[{', '.join(island_names)}]"
     if isinstance(dispatcher, ApartDispatcher):
-        return f"rows stay in islands {list(dispatcher.transport.islands)}; inside, {describe_ways(dispatcher.inner)}"
+        return f"rows stay in islands {names}; inside, {describe_ways(dispatcher.inner, island_names)}"
     transport = dispatcher.transport
     sharing = dispatcher.sharing if isinstance(dispatcher, DedupDispatcher) else Sharing()
     islands = getattr(transport, "islands", (0,) * transport.world_size)
-    words = [f"rows travel in islands {list(islands)}, natively inside and through host memory between"
+    words = [f"rows travel in islands {names}, natively inside and through host memory between"
              if len(set(islands)) > 1 else "rows travel in one island"]
     words.append({"none": "one for every token and expert", "rank": "one for every token and rank",
                   "island": "one for every token and island"}[sharing.dedup])

@@ -8,7 +8,7 @@ from moedist.links.facts import LinkFacts, speed_text
 from moedist.monitor.table import table
 
 
-def describe(facts: Sequence[LinkFacts], islands: Sequence[int], hosts: Sequence[str]) -> str:
+def describe(facts: Sequence[LinkFacts], islands: Sequence[str], hosts: Sequence[str]) -> str:
     """Latency and speed of every direction, with the range over the rounds, and bytes that changed."""
     sizes = sorted({nbytes for f in facts for nbytes in f.seconds})
     rows = []

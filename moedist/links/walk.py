@@ -81,7 +81,7 @@ def measure_links(world: World, transport: Transport, pairs: Sequence[Pair], dep
         WorldError: rows do not arrive; the same on every rank. The process cannot use the transport any more.
     """
     peers = world.gather_objects(Peer.here().host)
-    names = [f"rank {r} on {host} (island {island})" for r, (host, island) in enumerate(zip(peers, world.islands))]
+    names = [f"rank {r} on {host} (island {island})" for r, (host, island) in enumerate(zip(peers, world.island_names))]
     steps = steps_of(pairs, depth)
     walk = _Walk(world, transport, steps, names)
     if found := _agree(world, walk.run(patience_s), patience_s):

@@ -6,8 +6,10 @@
     run           the run folder                                   lives.jsonl                 one object per life that ended
     logs/LIFE-RANK.log                                             done, cancelled             there once it is so
     kinds.txt, hosts.txt                                           of which kind each node is, and where ranks are
+    problems.txt                                                   what a check has found, a line each
 
-A sweep has the last five of each member in a folder of its number.
+A sweep has the last five of each member in a folder of its number; a member that was submitted anew by itself has all of them
+there, and is a job of its own from then on.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Job:
         numbers: Slurm's, of the job, or of each member of a sweep of heterogeneous jobs.
         array: whether members are elements of an array.
         requeue, max_restarts: of the profile.
+        check: whether it looks at its nodes instead of training.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Job:
     max_restarts: int
     numbers: list[str] = field(default_factory=list)
     array: bool = False
+    check: bool = False
 
     def number(self, member: int) -> str:
         """Slurm's number of a member; empty before it has one."""
@@ -59,7 +63,7 @@ class JobFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path).absolute()
         self.file = self.path / "job.json"
-        self.submitit = self.path / "submitit"
+        self.submitit, self.problems = self.path / "submitit", self.path / "problems.txt"
         self.profile, self.config, self.script = self.path / "profile.yaml", self.path / "config.yaml", self.path / "job.sh"
 
     def __str__(self) -> str:
@@ -112,7 +116,41 @@ class Member:
 
     @property
     def folder(self) -> JobFolder:
+        """Of its job: its own, or its sweep's."""
         return JobFolder(self.path if (self.path / "job.json").exists() else self.path.parent)
+
+    @property
+    def in_sweep(self) -> bool:
+        return (self.path.parent / "job.json").exists()
+
+    @property
+    def label(self) -> str:
+        """NAME-DATE-TIME, in a sweep with its number: NAME-DATE-TIME/1."""
+        return f"{self.path.parent.name}/{self.path.name}" if self.in_sweep else self.path.name
+
+    @property
+    def index(self) -> int:
+        """Its place in its job."""
+        return 0 if self.folder.path == self.path else int(self.path.name)
+
+    @property
+    def number(self) -> str:
+        """Slurm's number of it; empty before it has one."""
+        return self.folder.read().number(self.index)
+
+    def batch_logs(self) -> list[Path]:
+        """What its batch scripts have said, in jobs of all numbers that it has had."""
+        own = list(self.path.glob("slurm-*.log"))
+        if self.in_sweep:
+            sweep = JobFolder(self.path.parent)
+            own.append(sweep.path / f"slurm-{sweep.read().number(int(self.path.name))}.log")
+        return sorted((log for log in own if log.exists()), key=lambda log: log.stat().st_mtime)
+
+    def checkpoint(self) -> Optional[int]:
+        """Step of its newest checkpoint; None where it has none."""
+        run = self.run()
+        steps = run.steps() if run is not None else []
+        return steps[-1] if steps else None
 
     def lives(self) -> list[dict[str, Any]]:
         """What became of each life: outcome, step, code, why, seconds since 1970."""

@@ -9,6 +9,7 @@ reaches its limit, where the life before it did is given up.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from moedist.submit.profile import NodeKind, Profile, read_profile
 from moedist.submit.queue import ask_slurm
 
 GIVEN_UP = 3  # exit code of the batch script
+SHOW = ("scontrol", "--oneliner", "show", "job")  # sacct would need an accounting database
+STATE = ("squeue", "-h", "-t", "all", "-o", "%T %r", "-j")
 
 
 def decide(job: Job, lives: Sequence[Mapping[str, Any]], restarts: int, told: str, finished: bool, code: int,
@@ -31,18 +34,21 @@ def decide(job: Job, lives: Sequence[Mapping[str, Any]], restarts: int, told: st
     Args:
         lives: that ended before, see `Member.lives`.
         restarts: of the job until now.
-        told: why Slurm ends the job: preempted (it requeues it itself), cancelled, limit (the time limit, where the signal
-            ahead of it came too late or ranks took too long), or empty: it does not.
+        told: why Slurm ends the job: preempted or requeued (it has put it back into the queue itself), cancelled (by moedist
+            cancel), ended (by scancel, or by a site that cancels what it preempts: it does not come back), limit (the time
+            limit, where the signal ahead of it came too late or ranks took too long), or empty: it does not.
         finished: whether training is done.
         code: exit code of srun; step: the last that was logged, 0: none.
 
     Returns:
-        Outcome (done, preempted, cancelled, stopped, failed or given up), why, and whether to requeue.
+        Outcome (done, preempted, requeued, cancelled, stopped, failed or given up), why, and whether to requeue.
     """
     if code == 0 and finished:
-        return "done", f"trained to step {step}", False
-    if told in ("preempted", "cancelled"):
+        return "done", "the check has ended" if job.check else f"trained to step {step}", False
+    if told in ("preempted", "requeued", "cancelled"):
         return told, f"{told} after step {step}", False
+    if told == "ended":
+        return "cancelled", f"cancelled after step {step}, not by moedist cancel: by scancel or by the site", False
     what = f"stopped by a signal after step {step}" if code == 0 else f"failed after step {step} (exit code {code})"
     if told == "limit":
         what = f"reached its time limit after step {step}"
@@ -124,7 +130,13 @@ def end(member: Member, code: int, env: Mapping[str, str] = os.environ) -> int:
     job, number = member.folder.read(), env["SLURM_JOB_ID"]
     step = int(member.last_metrics().get("step", 0))
     restarts = int(env.get("SLURM_RESTART_COUNT") or 0)
-    told = "cancelled" if member.cancelled.exists() else _why_told(number) if env.get("MOEDIST_TOLD_TO_END") else ""
+    told = ""
+    if env.get("MOEDIST_TOLD_TO_END"):
+        said = [log.read_text(encoding="utf-8", errors="replace") for log in member.batch_logs()[-1:]]
+        shown, queue = (ask_slurm(*command, number) for command in (SHOW, STATE))
+        told = why_told(shown + queue, restarts, "".join(said).rpartition("\nlife ")[2])
+    if member.cancelled.exists():
+        told = "cancelled"
     outcome, why, again = decide(job, member.lives(), restarts, told, member.done_file.exists(), code, step)
     life = int(env.get("MOEDIST_LIFE", 0))
     if code and not told and (error := member.error_of(life)):
@@ -139,11 +151,20 @@ def end(member: Member, code: int, env: Mapping[str, str] = os.environ) -> int:
     return {"given up": code or GIVEN_UP, "failed": code}.get(outcome, 0)
 
 
-def _why_told(number: str) -> str:
-    """Why Slurm ends a job: limit, or preempted. It does not tell the latter from a cancel by others, after which it does
-    nothing more either."""
-    found = ask_slurm("squeue", "-h", "-t", "all", "-j", number, "-o", "%T|%r")
-    return "limit" if any("TIMEOUT" in line or "TimeLimit" in line for line in found) else "preempted"
+def why_told(slurm: Sequence[str], restarts: int, said: str) -> str:
+    """Why Slurm ends a job that has got SIGTERM; see `decide`.
+
+    Args:
+        slurm: lines of scontrol and squeue about the job, while its batch script still runs.
+        restarts: of the job until this life began; Slurm counts the next one as soon as it puts the job back into the queue.
+        said: by the batch script in this life, Slurm's own words included.
+    """
+    text = "\n".join(slurm)
+    if "TIMEOUT" in text or "TimeLimit" in text.split():
+        return "limit"
+    if any(int(count) > restarts for count in re.findall(r"\bRestarts=(\d+)", text)):
+        return "requeued" if "DUE TO JOB REQUEUE" in said else "preempted"
+    return "ended"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
-from moedist.config import key, load_dataclass
+from moedist.config import FileKind, key, load_dataclass
 from moedist.errors import ConfigError
 
 FORMS = ("auto", "hetjob", "constraint")
+PROFILE = FileKind("a site profile", "slurm/clusters/nvidia.yaml", "moedist submit --help")
+SCRIPTS = ("any", "job")  # beside one of each kind's name
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 
 
@@ -59,20 +61,23 @@ class Profile:
     srun: list[str] = key(list, "more options of srun")
 
 
-def read_profile(path: str | Path, nodes: Mapping[str, int] = {}, time: Optional[str] = None) -> Profile:
-    """A profile, with other numbers of nodes, by kind, and another time limit.
+def read_profile(path: str | Path, nodes: Mapping[str, int] = {}, time: Optional[str] = None,
+                 signal_s: Optional[int] = None) -> Profile:
+    """A profile, with other numbers of nodes, by kind, another time limit, and another signal ahead of it.
 
     Raises:
         ConfigError: the file is missing, has an unknown key, or says what cannot be.
     """
-    profile = load_dataclass(Profile, path)
+    profile = load_dataclass(Profile, path, kind=PROFILE)
     if unknown := set(nodes) - {kind.name for kind in profile.kinds}:
         raise ConfigError(f"{path} has no kind called {', '.join(sorted(unknown))}; it has "
                           f"{', '.join(kind.name for kind in profile.kinds)}")
     kinds = [replace(k, nodes=nodes.get(k.name, k.nodes),
-                     min_nodes=min(k.min_nodes, nodes[k.name]) if k.min_nodes and k.name in nodes else k.min_nodes)
+                     min_nodes=min(k.min_nodes, nodes[k.name]) if k.min_nodes and k.name in nodes else k.min_nodes,
+                     time=None if time else k.time)
              for k in profile.kinds]
-    profile = replace(profile, kinds=[k for k in kinds if k.nodes or k.name not in nodes], time=time or profile.time)
+    profile = replace(profile, kinds=[k for k in kinds if k.nodes or k.name not in nodes], time=time or profile.time,
+                      signal_s=profile.signal_s if signal_s is None else signal_s)
     _check(profile, str(path))
     return profile
 
@@ -84,6 +89,8 @@ def _check(profile: Profile, path: str) -> None:
     for name, count in names.items():
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
             raise ConfigError(f"{path}: a kind is called {name!r}; a name has letters, digits and -, such as nvidia")
+        if name in SCRIPTS or name.startswith("job-"):
+            raise ConfigError(f"{path}: a kind is called {name}, as scripts of a job are; call it otherwise")
         if count > 1:
             raise ConfigError(f"{path}: {count} kinds are called {name}; give each a name of its own")
     if profile.form not in FORMS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import dataclass
+from typing import Sequence
 
 from moedist.errors import ConfigError
 
@@ -49,15 +50,26 @@ def queued() -> dict[str, Queued]:
 
     A heterogeneous job is listed under its first component's number, array elements as '12_3'.
     """
+    return jobs_of(ask_slurm(*QUEUE)[1:])
+
+
+def jobs_of(lines: Sequence[str]) -> dict[str, Queued]:
+    """Jobs by number, of squeue's lines.
+
+    A heterogeneous job is over when all its components are: the first of them may end while the batch script still runs.
+
+    >>> jobs_of(["7+1|CANCELLED|a2|None", "7+0|COMPLETING|n1|None"])
+    {'7': Queued(state='COMPLETING', nodes='a2,n1', reason='None')}
+    """
     found: dict[str, Queued] = {}
-    for line in ask_slurm(*QUEUE)[1:]:
+    for line in lines:
         number, state, nodes, reason = (*line.split("|"), "", "")[:4]
+        new = Queued(state, nodes, reason)
         for single in numbers_of(number):
-            old = found.get(single)
-            if old is None:
-                found[single] = Queued(state, nodes, reason)
-            elif nodes:  # another component
-                found[single] = Queued(old.state, ",".join(filter(None, [old.nodes, nodes])), old.reason)
+            old = found.get(single, new)
+            known = new if (new.active, number.endswith("+0")) > (old.active, False) else old
+            both = nodes if old is new else ",".join(filter(None, [old.nodes, nodes]))
+            found[single] = Queued(known.state, both, known.reason)
     return found
 
 

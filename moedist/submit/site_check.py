@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import Any, Mapping, Sequence
 
 from moedist.config import Config, load_config
-from moedist.monitor.table import table
 from moedist.submit.follow import follow
 from moedist.submit.job_folder import JobFolder
 from moedist.submit.profile import Profile, read_profile
 from moedist.submit.submit import Request, resize, submit
 
-LIMIT = "5:00"  # a check takes seconds; torch is imported from a file system that nobody has read yet
+LIMIT = "2:00"  # a check takes seconds, but torch may be imported from a file system that nobody has read yet
 SLOW_SKEW_S = 2.0
 SLOW_LINK = 0.1  # of the fastest kind's bandwidth
 
@@ -26,11 +25,14 @@ def check_site(request: Request) -> bool:
     Returns:
         Whether nothing would break a run.
     """
-    folder = submit(replace(request, time=LIMIT, each=((),)), checked=True)
-    follow(folder.members()[0], resize)
+    limit = request.time or LIMIT
+    folder = submit(replace(request, time=limit, each=((),)), check=True)
+    follow(folder.members(), resize)
     found = read_facts(folder)
     profile, config = read_profile(folder.profile), load_config(request.config, request.overrides)
     problems, remarks = judge(found, profile, config, folder.read().tasks)
+    if problems:
+        folder.problems.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
     print(_table(found))
     for line in remarks:
         print(f"note: {line}")
@@ -59,7 +61,8 @@ def judge(found: Sequence[Mapping[str, Any]], profile: Profile, config: Config, 
     problems: list[str] = []
     if missing := sorted(set(range(tasks)) - {facts["rank"] for facts in found}):
         problems.append(f"rank{'s' if len(missing) > 1 else ''} {_ranks(missing)} said nothing: the environment of that kind "
-                        "does not start, or does not see the job's folder; see the logs")
+                        f"does not start within {profile.time} (--time gives it longer), or does not see the job's folder; "
+                        "see the logs")
     problems += list(dict.fromkeys(facts["problem"] for facts in found if facts["problem"] and not facts["met"]))
     for text in dict.fromkeys(facts["problem"] for facts in found if facts["problem"] and facts["met"]):
         problems.append(f"after ranks had met: {text}")
@@ -131,6 +134,7 @@ def _remarks(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(found: Sequence[Mapping[str, Any]]) -> str:
+    from moedist.monitor.table import table  # brings torch
     rows = []
     for facts in found:
         versions = dict(facts["versions"])

@@ -17,8 +17,8 @@ from moedist.errors import ConfigError
 from moedist.phases import check_training
 from moedist.submit.check_task import CheckTask
 from moedist.submit.follow import follow, follow_file
-from moedist.submit.job_folder import Job, JobFolder
-from moedist.submit.listing import state_of
+from moedist.submit.job_folder import Job, JobFolder, Member
+from moedist.submit.listing import checkpoint_in_words, state_of
 from moedist.submit.profile import Profile, read_profile
 from moedist.submit.queue import ask_slurm, queued
 from moedist.submit.render import any_script, job_script, node_script
@@ -27,6 +27,7 @@ from moedist.submit.site import nodes_there, read_site, refuse_impossible
 from moedist.submit.task import Task
 
 JOBS = "jobs"  # beside run folders
+CHECK_SIGNAL_S = 30  # ahead of a check's limit: it saves nothing
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,20 @@ class Request:
     time: Optional[str] = None
 
 
-def submit(request: Request, checked: bool = False) -> JobFolder:
-    """Submit a training, or, `checked`, what looks at its nodes instead (`moedist.submit.site_check`).
+def submit(request: Request, check: bool = False) -> JobFolder:
+    """Submit a training, or, to `check`, what looks at its nodes instead (`moedist.submit.site_check`).
 
     Raises:
         ConfigError: the configuration or profile cannot be, or Slurm refuses it.
     """
-    profile, configs = _read(request)
-    if checked:
-        profile = replace(profile, signal_s=30, requeue=False, kinds=[replace(kind, time=None) for kind in profile.kinds])
+    profile, configs = _read(request, CHECK_SIGNAL_S if check else None)
+    if check:
+        profile = replace(profile, requeue=False)
     refuse_impossible(profile, read_site())
-    folder = JobFolder.make(Path(configs[0].folder) / JOBS, f"check-{configs[0].name}" if checked else configs[0].name)
+    folder = JobFolder.make(Path(configs[0].folder) / JOBS, f"check-{configs[0].name}" if check else configs[0].name)
     try:
-        _write(request, profile, configs, folder)
-        return _into_queue(folder, CheckTask if checked else Task)
+        _write(request, profile, configs, folder, check)
+        return _into_queue(folder, CheckTask if check else Task)
     except BaseException:
         shutil.rmtree(folder.path, ignore_errors=True)  # nothing was submitted
         raise
@@ -71,8 +72,11 @@ def dry_run(request: Request) -> str:
     folder = Path(configs[0].folder).absolute() / JOBS / f"{configs[0].name}-DATE-TIME"
     members = len(configs)
     shape = shape_of(profile, configs[0].name, _output(folder, members, profile), members)
-    parts = [text for _, text in _texts(profile, shape, configs[0].name, folder, members)]
-    return "\n".join([*parts, *(text for _, text in _scripts(profile, shape, folder))])
+    texts = [text for _, text in _texts(profile, shape, configs[0].name, folder, members)]
+    if members > 1:
+        each = [f"# training {i}: {shlex.join(own)}\n" for i, own in enumerate(request.each)]
+        texts = [f"{own}{text}" for own, text in zip(each, texts)] if len(texts) > 1 else ["".join(each), *texts]
+    return "\n".join([*texts, *(text for _, text in _scripts(profile, shape, folder))])
 
 
 def run_here(request: Request) -> int:
@@ -90,6 +94,7 @@ def run_here(request: Request) -> int:
         executor = LocalExecutor(folder.submitit)
         executor.update_parameters(tasks_per_node=shape.tasks, timeout_min=10**5, stderr_to_stdout=True)
         os.environ["MOEDIST_JOB"] = str(member.path)
+        os.environ.setdefault("SUBMITIT_LOG_LEVEL", "WARNING")  # as on Slurm
         if "CUDA_VISIBLE_DEVICES" in os.environ:
             os.environ["MOEDIST_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
         job = executor.submit(task)
@@ -99,44 +104,52 @@ def run_here(request: Request) -> int:
     return failed
 
 
-def resize(folder: JobFolder, nodes: Optional[Mapping[str, int]] = None) -> JobFolder:
-    """Submit a job anew with other numbers of nodes, where it waits or has ended; it goes on from its checkpoint.
+def resize(member: Member, nodes: Optional[Mapping[str, int]] = None, time_limit: Optional[str] = None) -> Member:
+    """Submit a training anew, where it waits or has ended, with other numbers of nodes; it goes on from its checkpoint.
 
-    Slurm cannot change the nodes of a heterogeneous job, so it gets another number.
+    Slurm cannot change the nodes of a heterogeneous job, so it gets another number. One of a sweep becomes a job of its own.
 
     Args:
         nodes: by kind; None: as many as are idle now, down to each kind's min_nodes.
+        time_limit: another than it had.
 
     Raises:
-        ConfigError: it runs, or is a sweep, or cannot be so.
+        ConfigError: it runs, or is done, or cannot be so.
     """
-    job, queue = folder.read(), queued()
-    member, = members if len(members := folder.members()) == 1 else [None]
-    if member is None:
-        raise ConfigError(f"{folder} is a sweep of {len(members)} trainings; submit the one you mean by itself")
-    state = state_of(job, member, 0, queue)
+    before, queue = member.folder, queued()
+    job, state = before.read(), state_of(member, queue)
     if state in ("RUNNING", "COMPLETING", "CONFIGURING"):
-        raise ConfigError(f"{folder} is {state}; cancel it first (it saves a checkpoint), then resize it")
+        raise ConfigError(f"{member.label} is {state}; cancel it first (it saves a checkpoint), then resize it")
+    if state == "DONE" or job.check:
+        what = "was a check, no training" if job.check else "is done: it has trained to its end"
+        raise ConfigError(f"{member.label} {what}; submit what you mean anew")
     site = read_site()
-    profile = read_profile(folder.profile, nodes_there(read_profile(folder.profile), site) if nodes is None else nodes)
+    wanted = nodes_there(read_profile(before.profile), site) if nodes is None else nodes
+    profile = read_profile(before.profile, wanted, time_limit)
     refuse_impossible(profile, site)
-    if (found := queue.get(job.number(0))) and found.active:
-        ask_slurm("scancel", job.number(0))
-    folder.profile.write_text(_profile_text(folder.profile, profile), encoding="utf-8")
+    if (found := queue.get(member.number)) and found.active:
+        ask_slurm("scancel", member.number)
+    job = replace(job, overrides=[job.overrides[member.index]], kinds=_kinds(profile), numbers=[], submitted=time.time(),
+                  array=False)
+    folder = JobFolder(member.path)
+    if before.path != folder.path:
+        shutil.copy(before.config, folder.config)
+        folder.submitit.mkdir()
+    folder.profile.write_text(_profile_text(before.profile, profile), encoding="utf-8")
     shape = shape_of(profile, job.name, _output(folder.path, 1, profile))
-    for name, text in _scripts(profile, shape, folder.path):
+    for name, text in [*_scripts(profile, shape, folder.path), *_texts(profile, shape, job.name, folder.path, 1)]:
         (folder.path / name).write_text(text, encoding="utf-8")
-    folder.script.write_text(job_script(profile, shape, job.name, folder.path), encoding="utf-8")
-    folder.write(replace(job, kinds=_kinds(profile), tasks=shape.tasks, numbers=[], submitted=time.time()))
+    folder.write(replace(job, form=shape.form, tasks=shape.tasks))
     member.cancelled.unlink(missing_ok=True)
-    return _into_queue(folder, Task)
+    _into_queue(folder, Task)
+    return member
 
 
 # -- parts
 
 
-def _read(request: Request) -> tuple[Profile, list[Config]]:
-    profile = read_profile(request.profile, request.nodes or {}, request.time)
+def _read(request: Request, signal_s: Optional[int] = None) -> tuple[Profile, list[Config]]:
+    profile = read_profile(request.profile, request.nodes or {}, request.time, signal_s)
     tasks = sum(kind.nodes * kind.tasks_per_node for kind in profile.kinds)
     configs = []
     for own in request.each:
@@ -147,7 +160,7 @@ def _read(request: Request) -> tuple[Profile, list[Config]]:
     return profile, configs
 
 
-def _write(request: Request, profile: Profile, configs: Sequence[Config], folder: JobFolder) -> Shape:
+def _write(request: Request, profile: Profile, configs: Sequence[Config], folder: JobFolder, check: bool = False) -> Shape:
     """The folder of a job, before it has a number."""
     members, name = len(configs), configs[0].name
     group = [f"monitor.group={folder.path.name}"] if members > 1 and configs[0].monitor.group is None else []
@@ -160,7 +173,7 @@ def _write(request: Request, profile: Profile, configs: Sequence[Config], folder
         (folder.path / file).write_text(text, encoding="utf-8")
     array = members > 1 and shape.form != "hetjob"
     folder.write(Job(name, _kinds(profile), shape.form, shape.tasks, overrides, time.time(), profile.requeue,
-                     profile.max_restarts, array=array))
+                     profile.max_restarts, array=array, check=check))
     folder.submitit.mkdir()
     for member in folder.members():
         member.logs.mkdir(parents=True)
@@ -170,10 +183,9 @@ def _write(request: Request, profile: Profile, configs: Sequence[Config], folder
 def _into_queue(folder: JobFolder, task: type[Task] | type[CheckTask]) -> JobFolder:
     from moedist.submit.executor import JobExecutor
     job, tasks = folder.read(), _tasks(folder, task)
-    scripts = sorted(folder.path.glob("job*.sh"))
     numbers: list[str] = []
-    if len(scripts) == 1:
-        executor = JobExecutor(folder.submitit, scripts[0].read_text(encoding="utf-8"), job.tasks)
+    if len(tasks) == 1 or job.array:
+        executor = JobExecutor(folder.submitit, folder.script.read_text(encoding="utf-8"), job.tasks)
         with executor.batch():
             jobs = [executor.submit(task) for task in tasks]
         numbers.append(jobs[0].job_id.split("_")[0])
@@ -216,11 +228,21 @@ def _profile_text(origin: Path, profile: Profile) -> str:
     return f"# {shlex.quote(str(origin))} as it was when the job was submitted\n{keys}"
 
 
-def show(folder: JobFolder, followed: bool) -> None:
-    """What was submitted, and, where it is followed, what becomes of it."""
-    job = folder.read()
+def show(members: Sequence[Member], followed: bool) -> bool:
+    """What was submitted, and, where it is followed, what becomes of it.
+
+    Returns:
+        False where something was seen to fail.
+    """
+    folder, resumed = members[0].folder, [member for member in members if member.lives()]
+    job, name = folder.read(), members[0].label if len(members) == 1 else folder.path.name
     print(f"submitted: job {', '.join(job.numbers)} ({', '.join(job.kinds)}; {job.tasks} ranks"
-          + (f"; {len(job.overrides)} trainings" if len(job.overrides) > 1 else "") + f")\nfolder {folder}\n"
-          f"next: moedist jobs, moedist jobs {folder.path.name} --follow, moedist cancel {folder.path.name}", flush=True)
-    if followed:
-        follow(folder.members()[0], resize)
+          + (f"; {len(members)} trainings" if len(members) > 1 else "") + f")\nfolder {folder}", flush=True)
+    if len(members) > 1:
+        for member, own in zip(members, job.overrides):
+            differ = [text for text in own if any(text not in other for other in job.overrides)]
+            print(f"  {member.label} (job {member.number}): {shlex.join(differ)}")
+    for member in resumed:
+        print(f"{member.label}: {checkpoint_in_words(member)}")
+    print(f"next: moedist jobs, moedist jobs {name} --follow, moedist cancel {name}", flush=True)
+    return follow(members, resize) if followed else True

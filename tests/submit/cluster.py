@@ -11,9 +11,10 @@ import site
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import pytest
 
@@ -27,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 NODES = ("nvidia1", "nvidia2", "amd1", "amd2")
+LOOK_S = 2.0  # between questions to Slurm whether a job has ended
+REVOKED_S = 2  # more than the second in which a life was ended
 VENV = """import site; site.addsitedir({packages!r})
 """
 
@@ -85,8 +88,9 @@ class Cluster:
         for kind, own in kinds:
             partition = keys.get("partition", kind)
             gres = "" if keys.get("form") == "constraint" else f'gres: "gpu:{kind}:1", '
+            venv = "" if "venv:" in own else f"venv: {self.shared}/venv-{kind}, "
             lines.append(f"  - {{name: {kind}, partition: {partition}, {gres}cpus_per_task: 1, memory: 1G, "
-                         f"constraint: {kind}, venv: {self.shared}/venv-{kind}, {own}}}")
+                         f"constraint: {kind}, {venv}{own}}}")
         keys.pop("partition", None)
         lines += [f"{key}: {value}" for key, value in {"time": '"10:00"', "signal_s": 60, **keys}.items()]
         path = self.shared / f"{name}.yaml"
@@ -102,18 +106,23 @@ class Cluster:
         return submit(self.request(profile, *overrides, **more))
 
     def state(self, folder: JobFolder, index: int = 0) -> str:
-        return state_of(folder.read(), folder.members()[index], index, queued())
+        return state_of(folder.members()[index], queued())
 
-    def wait(self, what: str, done: Callable[[], object], folder: JobFolder, timeout: float = 240) -> None:
-        """Until `done`; fails with all that the job has said."""
-        deadline = time.monotonic() + timeout
+    def wait(self, what: str, done: Callable[[], object], folder: JobFolder, timeout: float = 240,
+             index: int | None = None) -> None:
+        """Until `done`; fails with all that is known of the job, at once where the training of `index` ends before."""
+        deadline, looked = time.monotonic() + timeout, time.monotonic()
         while not done():
             if time.monotonic() > deadline:
                 pytest.fail(f"not within {timeout:g} s: {what}\n{self.said(folder)}")
+            if index is not None and time.monotonic() - looked > LOOK_S:
+                looked = time.monotonic()
+                if (state := self.state(folder, index)) in ENDED and not done():
+                    pytest.fail(f"{state} before: {what}\n{self.said(folder)}")
             time.sleep(0.2)
 
     def wait_for_step(self, folder: JobFolder, step: int, index: int = 0) -> None:
-        self.wait(f"step {step}", lambda: step_of(folder.members()[index]) >= step, folder)
+        self.wait(f"step {step}", lambda: step_of(folder.members()[index]) >= step, folder, index=index)
 
     def wait_until_ended(self, folder: JobFolder, state: str = "DONE", index: int = 0) -> None:
         self.wait(state, lambda: self.state(folder, index) in ENDED, folder)
@@ -121,27 +130,56 @@ class Cluster:
 
     def wait_for_requeue(self, folder: JobFolder) -> None:
         """Until Slurm has put a job back into the queue; it waits there before its first life as well."""
-        command = ["scontrol", "show", "job", numbers(folder)[0]]
-
         def requeued() -> bool:
-            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            return "Restarts=0" not in shown and "JobState=PENDING" in shown
+            components = shown(folder)
+            return bool(components) and all(c["Restarts"] != "0" and c["JobState"] == "PENDING" for c in components)
 
-        self.wait("requeued", requeued, folder)
+        self.wait("requeued", requeued, folder, index=0)
 
     def release(self, folder: JobFolder) -> None:
-        """Slurm holds a job back for two minutes after it was requeued; here until nothing of its last life is left."""
+        """Start a requeued job, which Slurm holds back for two minutes, as soon as it can.
+
+        Not at once: a node refuses a job whose credential is of the second in which its last life was ended, or older, and
+        Slurm then fails the job ("Killing non-startable batch job: Job credential revoked").
+        """
         self.wait_until_over(folder)
+        self.wait("waits", lambda: all(c["JobState"] == "PENDING" for c in shown(folder)), folder, index=0)
+        self._start_soon(folder)
+
+        def started() -> bool:
+            if any(c["Reason"] == "BeginTime" and _seconds_until(c["StartTime"]) > 2 * REVOKED_S for c in shown(folder)):
+                self._start_soon(folder)  # the last life ended only now, to Slurm
+            return all(c["JobState"] != "PENDING" for c in shown(folder))
+
+        self.wait("started again", started, folder, index=0)
+
+    def _start_soon(self, folder: JobFolder) -> None:
         for number in numbers(folder):
-            subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
+            subprocess.run(["scontrol", "update", f"JobId={number}", f"StartTime=now+{REVOKED_S}"], check=True)
 
     def wait_until_over(self, folder: JobFolder) -> None:
         """Until nothing is left of the last life on any node."""
         self.wait("the last life is over", lambda: not any(self._steps(node) & set(numbers(folder)) for node in NODES), folder)
 
+    @contextmanager
+    def taken(self, node: str, partition: str = "mixed") -> Iterator[str]:
+        """Another's job has a node for itself; its number."""
+        command = ["sbatch", "--parsable", "-p", partition, "-w", node, "--exclusive", "-o", "/dev/null", "--wrap",
+                   "sleep 600"]
+        number = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        try:
+            yield number
+        finally:
+            subprocess.run(["scancel", number], check=True)
+
     def said(self, folder: JobFolder) -> str:
-        logs = [*folder.path.glob("slurm-*.log"), *(log for m in folder.members() for log in sorted(m.logs.glob("*-*.log")))]
-        return "\n".join(f"== {log.relative_to(folder.path)}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
+        """All that is known of a job: its logs, and Slurm's view."""
+        logs = [log for m in folder.members() for log in (*m.batch_logs(), *sorted(m.logs.glob("*-*.log")))]
+        parts = [(str(log.relative_to(folder.path)), log.read_text(errors="replace")) for log in logs]
+        for command in (["scontrol", "show", "job"], ["sinfo", "-N", "-l"], ["sinfo", "-R"]):
+            parts.append((" ".join(command), subprocess.run(command, capture_output=True, text=True, check=False).stdout))
+        parts.append(("slurmctld", (self.folder / "controller/log").read_text(errors="replace")))
+        return "\n".join(f"== {name}\n{text[-3000:]}" for name, text in parts)
 
     def pids_of_ranks(self, node: str) -> list[int]:
         """Processes of training ranks on a node."""
@@ -167,6 +205,18 @@ def numbers(folder: JobFolder) -> list[str]:
     """Slurm's numbers of a job's components."""
     job = folder.read()
     return [str(int(job.numbers[0]) + i) for i in range(len(job.kinds) if job.form == "hetjob" else 1)]
+
+
+def shown(folder: JobFolder) -> list[dict[str, str]]:
+    """What scontrol says of each component of a job, or of each element of an array."""
+    command = ["scontrol", "--oneliner", "show", "job", numbers(folder)[0]]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [dict(word.partition("=")[::2] for word in line.split()) for line in text.splitlines()]
+
+
+def _seconds_until(text: str) -> float:
+    """From now until a time as scontrol writes it; 0 where it says Unknown: nothing is to be waited for."""
+    return 0.0 if text == "Unknown" else (datetime.fromisoformat(text) - datetime.now()).total_seconds()
 
 
 def step_of(member: Member) -> int:

@@ -3,7 +3,7 @@
 import pytest
 
 from moedist.submit.job_folder import Job
-from moedist.submit.life import decide, kinds_of_nodes
+from moedist.submit.life import decide, kinds_of_nodes, why_told
 from moedist.submit.profile import NodeKind, Profile
 from moedist.submit.queue import numbers_of
 
@@ -19,7 +19,9 @@ def lives(*entries):
     ([], 0, "", False, 0, 7, "stopped", True),  # the signal ahead of the limit
     ([], 0, "limit", False, 0, 7, "stopped", True),  # the limit itself
     ([], 0, "preempted", False, 0, 7, "preempted", False),  # Slurm brings it back
+    ([], 0, "requeued", False, 0, 7, "requeued", False),
     ([], 0, "cancelled", False, 143, 7, "cancelled", False),
+    ([], 0, "ended", False, 0, 7, "cancelled", False),
     ([], 0, "", False, 1, 7, "failed", True),
     (lives(("failed", 7)), 1, "", False, 1, 7, "given up", False),
     (lives(("failed", 7), ("preempted", 7)), 2, "", False, 1, 7, "given up", False),  # a preemption is no progress
@@ -32,6 +34,22 @@ def test_decide(before, restarts, told, finished, code, step, outcome, again):
     found, why, requeued = decide(JOB, before, restarts, told, finished, code, step)
     assert (found, requeued) == (outcome, again)
     assert str(step) in why
+
+
+@pytest.mark.parametrize("slurm, said, told", [
+    (["JobId=1 JobState=COMPLETING Restarts=2", "COMPLETING None"], "JOB 1 ON a CANCELLED AT 2026", "ended"),
+    (["JobId=1 JobState=COMPLETING Restarts=3", "COMPLETING None"], "JOB 1 ON a CANCELLED DUE TO PREEMPTION", "preempted"),
+    (["JobId=1 HetJobOffset=0 Restarts=3", "JobId=2 HetJobOffset=1 Restarts=3"], "", "preempted"),
+    (["JobId=1 JobState=COMPLETING Restarts=3"], "JOB 1 ON a CANCELLED AT 2026 DUE TO JOB REQUEUE", "requeued"),
+    (["JobId=1 JobState=COMPLETING Restarts=2", "TIMEOUT TimeLimit"], "", "limit"),
+])
+def test_why_slurm_ends_a_job_in_its_third_life(slurm, said, told):
+    assert why_told(slurm, 2, said) == told
+
+
+def test_a_check_says_so():
+    job = Job("x", [], "job", 2, [[]], 0.0, requeue=False, max_restarts=3, check=True)
+    assert decide(job, [], 0, "", True, 0, 0)[:2] == ("done", "the check has ended")
 
 
 def test_no_requeue():

@@ -8,7 +8,6 @@ import time
 import pytest
 
 from moedist.submit.follow import follow
-from moedist.submit.listing import cancel
 from moedist.submit.queue import queued
 from moedist.submit.submit import resize
 from tests.launching import metrics
@@ -40,9 +39,9 @@ def test_time_limit_saves_comes_back_and_equals_an_uninterrupted_run(slurm):
     slurm.release(folder)
     slurm.wait_for_step(folder, stopped + 5)
     assert "goes on with" in (folder.path / f"slurm-{numbers(folder)[0]}.log").read_text()
-    said = cancel(str(folder.path))
-    assert "cancelled" in said
+    subprocess.run(["scancel", folder.read().numbers[0]], check=True)  # behind moedist's back
     slurm.wait_until_ended(folder, "CANCELLED")
+    assert "not by moedist cancel: by scancel or by the site" in member.lives()[-1]["why"]
     expected = by_torchrun(slurm, 2, [*TWO, f"phases=[{{train: {stopped + 5}}}]"])
     found = losses(folder)
     assert all(abs(found[step] - loss) < 1e-12 for step, loss in expected.items())
@@ -53,19 +52,15 @@ def test_preempted_job_goes_on_with_one_node_fewer(slurm):
     folder = slurm.submit(profile, "phases=[{train: 200}]", "placement.probe_s=0.2",
                           "world.slowdown={0: [1, 1, 1], 3: [10, 10, 10]}")
     slurm.wait_for_step(folder, 3)
-    urgent = subprocess.run(["sbatch", "--parsable", "-p", "urgent", "-w", "amd1", "--exclusive", "-o", "/dev/null", "--wrap",
-                             "sleep 300"], capture_output=True, text=True, check=True).stdout.strip()
-    try:
+    with slurm.taken("amd1", "urgent") as urgent:
         slurm.wait_for_requeue(folder)
         slurm.wait_until_over(folder)
         member, = folder.members()
         assert [life["outcome"] for life in member.lives()] == ["preempted"], slurm.said(folder)
         before = member.run().steps()[-1]
         slurm.wait("the urgent job runs", lambda: queued()[urgent].state == "RUNNING", folder)
-        follow(member, resize, patience_s=0)  # on as many nodes as are idle: amd1 is taken
+        follow([member], resize, patience_s=0)  # on as many nodes as are idle: amd1 is taken
         slurm.wait_until_ended(folder)
-    finally:
-        subprocess.run(["scancel", urgent], check=True)
     log = member.log(1).read_text()
     assert f"resuming after step {before}" in log and "2 rank(s) by slurm" in log
     assert "done: 200 steps" in log
@@ -78,7 +73,7 @@ def test_preempted_job_goes_on_with_one_node_fewer(slurm):
 def test_crashed_node_is_survived(slurm):
     profile = slurm.profile("crash", nvidia="nodes: 1", amd="nodes: 1")
     folder = slurm.submit(profile, *TWO, "phases=[{train: 60}]", "checkpoint.every=5",
-                          "world.slowdown={0: [1, 1], 3: [10, 10]}")
+                          "world.slowdown={0: [1, 1], 3: [10, 10], 30: [1, 1]}")
     slurm.wait_for_step(folder, 11)
     member, = folder.members()
     node = next(node for node in ("amd1", "amd2") if slurm.pids_of_ranks(node))

@@ -6,7 +6,9 @@ import sys
 import pytest
 
 import moedist.submit.executor
+import moedist.submit.life
 import moedist.submit.profile
+import moedist.submit.queue
 from moedist.errors import ConfigError
 from moedist.submit.profile import read_profile
 from tests.launching import ROOT
@@ -22,7 +24,7 @@ KIND = "kinds: [{name: a, nodes: 2}, {name: b, nodes: 3, min_nodes: 3}]\n"
 
 
 def test_doctests():
-    for module in (moedist.submit.profile, moedist.submit.executor):
+    for module in (moedist.submit.profile, moedist.submit.executor, moedist.submit.queue, moedist.submit.life):
         assert doctest.testmod(module).failed == 0
 
 
@@ -41,7 +43,9 @@ def test_examples_are_profiles_with_a_comment_above_every_key(name):
 
 @pytest.mark.parametrize("text, message", [
     ("kinds: []\ntime: '1'\n", "names no nodes"),
-    ("kinds: [{name: a, partitions: x}]\n", "did you mean 'kinds.partition'"),
+    ("kinds: [{name: a, partitions: x}]\n", "did you mean 'partition' of an entry of kinds? (moedist submit --help"),
+    ("kinds: [{name: a}]\nacount: x\n", "unknown key 'acount' in {path}; did you mean 'account'?"),
+    ("kinds: [{name: job}]\n", "a kind is called job, as scripts of a job are"),
     ("kinds: [{name: a, nodes: two}]\n", "nodes"),
     ("kinds: [{name: 'a b'}]\n", "letters, digits and -"),
     ("kinds: [{name: a}, {name: a}]\n", "2 kinds are called a"),
@@ -59,7 +63,7 @@ def test_examples_are_profiles_with_a_comment_above_every_key(name):
 def test_what_cannot_be(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         read(tmp_path, text)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message.format(path=tmp_path / "site.yaml") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_interpreters_that_only_nodes_see(tmp_path):

@@ -1,6 +1,8 @@
 """The texts for sbatch are compared with recorded files; MOEDIST_RECORD=1 writes them anew."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,23 @@ def test_array_and_its_members():
     request = Request(str(ROOT / "configs/quickstart.yaml"), ["folder=/shared/runs"], str(ROOT / "slurm/clusters/nvidia.yaml"),
                       each=[["seed=0"], ["seed=1"], ["seed=2"]])
     text = dry_run(request)
+    assert text.startswith("# training 0: seed=0\n# training 1: seed=1\n# training 2: seed=2\n\n#!/bin/bash\n")
     assert "#SBATCH --array=0-2\n" in text and "slurm-%A_%a.log" in text
     assert "export MOEDIST_JOB=$folder/$SLURM_ARRAY_TASK_ID\n" in text
+
+
+def test_a_reader_that_has_seen_enough():
+    command = [sys.executable, "-m", "moedist", "submit", "configs/quickstart.yaml", "--cluster", "slurm/clusters/nvidia.yaml",
+               "--dry-run"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as printing:
+        printing.stdout.close()
+        assert printing.stderr.read() == "" and printing.wait(timeout=60) == 1
 
 
 def test_sweep_over_heterogeneous_jobs_is_a_job_each():
     request = Request(str(ROOT / "configs/quickstart.yaml"), ["folder=/shared/runs"],
                       str(ROOT / "slurm/clusters/mixed-hetjob.yaml"), each=[["seed=0"], ["seed=1"]])
     text = dry_run(request)
+    assert "# training 0: seed=0\n#!/bin/bash\n" in text and "\n# training 1: seed=1\n#!/bin/bash\n" in text
     assert "--array" not in text and text.count("#SBATCH hetjob") == 2
     assert "export MOEDIST_JOB=$folder/0\n" in text and "export MOEDIST_JOB=$folder/1\n" in text

@@ -1,12 +1,16 @@
 """The check of a site: on real nodes, and what is made of facts that no test can bring about."""
 
+import os
 import re
+from pathlib import Path
 
 import pytest
 
 from moedist.config import Config, WorldConfig
+from moedist.submit.job_folder import JobFolder
+from moedist.submit.listing import show_jobs
 from moedist.submit.profile import NodeKind, Profile
-from moedist.submit.site_check import check_site, judge
+from moedist.submit.site_check import check_site, judge, read_facts
 
 FINE = {"kind": "a", "host": "a1", "size": 2, "sees": 2, "met": True, "problem": None, "skew_s": 0.0, "data": None,
         "wandb_online": None, "devices": ["A100"], "sends_bytes_per_s": 1e9, "latency_s": 1e-5, "mpi": "", "cores": 4,
@@ -17,8 +21,13 @@ PROFILE = Profile(kinds=[NodeKind(name="a", gres="gpu:1", nodes=2)])
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_check_on_real_nodes(slurm, capfd):
-    """Two kinds whose GPUs are in name only, as with torch's build for CPUs: ranks meet, and the check says what is wrong."""
-    profile = slurm.profile("checked", nvidia="nodes: 1", amd="nodes: 1")
+    """Two kinds whose GPUs are in name only, as with torch's build for CPUs: ranks meet, and the check says what is wrong.
+
+    The interpreter of one is in a container only, that of the other where only a module leads.
+    """
+    container, module = container_of(slurm), module_of(slurm)
+    profile = slurm.profile("checked", nvidia=f"nodes: 1, container: {container}, python: /opt/venv/bin/python, venv: null",
+                            amd=f"nodes: 1, modules: [{module}], python: python-of-module, venv: null", signal_s=300)
     assert not check_site(slurm.request(profile))
     shown = capfd.readouterr().out
     problems = [line for line in shown.splitlines() if line.startswith("problem:")]
@@ -27,6 +36,38 @@ def test_check_on_real_nodes(slurm, capfd):
         assert f"kind {kind} asks for gpu:{kind}:1, but torch" in line and "sees no accelerator" in line
     assert shown.count(" GB/s ") == 2 and "not met" not in shown
     assert re.search(r" nvidia +nvidia[12] ", shown) and re.search(r" amd +amd[12] ", shown)
+    folder, = (slurm.shared / "checked/jobs").iterdir()
+    programs = [facts["executable"] for facts in read_facts(JobFolder(folder))]
+    assert programs == ["/opt/venv/bin/python", f"{slurm.shared}/venv-amd/module/python-of-module"]
+    assert JobFolder(folder).script.read_text().count("--time=2:00\n") == 2
+    listed = show_jobs(slurm.shared / "checked")
+    assert " CHECKED " in listed and "trained to" not in listed
+    assert "was a check, no training; it found 2 problems:\n  kind nvidia asks for gpu:nvidia:1" in listed
+
+
+def container_of(slurm):
+    """A command that starts a program in a root file system of its own, as a container has: this one's, but for /opt."""
+    root, script = slurm.shared / "root", slurm.shared / "container"
+    root.mkdir()
+    script.write_text(f"""#!/bin/bash
+exec unshare --mount bash -c 'mount --rbind / "$0" && mount -t tmpfs tmpfs "$0/opt" &&
+    ln -s {slurm.shared}/venv-nvidia "$0/opt/venv" && exec chroot "$0" "$@"' {root} "$@"
+""")
+    script.chmod(0o755)
+    return script
+
+
+def module_of(slurm):
+    """An environment module that leads to an interpreter of another name."""
+    if not any(Path(file).exists() for file in ("/etc/profile.d/modules.sh", "/etc/profile.d/lmod.sh")):
+        reason = "no environment modules here (apt-get install environment-modules)"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    folder, module = slurm.shared / "venv-amd/module", slurm.shared / "modules/moedist"
+    for made in (folder, module.parent):
+        made.mkdir()
+    (folder / "python-of-module").symlink_to("../bin/python")
+    module.write_text(f"#%Module1.0\nprepend-path PATH {folder}\n")
+    return module
 
 
 @pytest.mark.parametrize("change, message", [
