@@ -52,7 +52,7 @@ def inspect_routing(run_folder: str, look: Look = Look(), overrides: Sequence[st
     folder = RunFolder(run_folder)
     config, _ = for_ranks(folder.config(list(overrides)), find_launch().size)
     check_config(config, find_launch().size)
-    length, there = config.data.sequence_length, config.moe_layers()
+    length, there = config.data.sequence_length, config.routed_layers()
     layers = there if look.layers is None else sorted(set(look.layers))
     if not there or set(layers) - set(there):
         raise ConfigError(f"layers with experts are {', '.join(map(str, there)) or 'none'}, not "
@@ -95,7 +95,7 @@ def record_routing(model: Transformer, world: World, source: Source, layers: Seq
     Raises:
         ConfigError: a router sends mixtures of tokens.
     """
-    routers = {i: moe.router for i, moe in model.moe_layers() if i in layers}
+    routers = {i: moe.router for i, _, moe in model.routed_layers() if i in layers}
     most = max(router.experts for router in routers.values())
     wanted = caches or [times * model.m.top_k for times in (1, 2, 4)]
     record = RoutingRecord({i: router.experts for i, router in routers.items()}, segments,

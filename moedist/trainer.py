@@ -247,7 +247,8 @@ def _describe(run: Run) -> str:
             [len(moe.bank.expert_ids) for moe in layers], str(world.device), world.vendor]
     ranks = world.gather_objects(mine)
     in_experts = sum(r[0] for r in ranks)
-    active = dense + round(in_experts * router_of(config).expected_rows_per_token() / config.model.experts)
+    rows = config.model.pool_layers * router_of(config).expected_rows_per_token()
+    active = dense + round(in_experts * rows / config.model.experts)
     counts = split_batch(run.coordinator.sizes.part, run.plan.batch_shares)
     lines = [f"run {run.folder}",
              f"{dense + in_experts:,} parameters, about {active:,} active per token; "

@@ -8,8 +8,8 @@ from moedist.errors import ConfigError
 
 ROUTERS = ("random", "topk", "switch", "stochastic_topk", "expert_choice", "soft_moe", "hash", "shared_expert", "top_p",
            "null_experts", "deepseek_moe", "loss_free", "grouped", "group_limited", "sinkhorn", "comet", "dynmole",
-           "progressive", "sigma_moe", "moe_plus_plus", "recurrent", "chain", "thor")
-WITH_BIAS = ("topk", "shared_expert", "deepseek_moe", "grouped", "progressive")
+           "progressive", "sigma_moe", "moe_plus_plus", "recurrent", "chain", "thor", "rexmoe")
+WITH_BIAS = ("topk", "rexmoe", "shared_expert", "deepseek_moe", "grouped", "progressive")
 WITH_OWN_BIAS = ("loss_free", "group_limited")
 METHODS = ("cur", "cur-hybrid", "interp", "cur-matrix", "svd", "svd-whitened", "svd-fisher", "prune-random",
            "prune-magnitude")
@@ -42,7 +42,7 @@ CHOICES = {
     "resume": ("never", "auto"),
 }
 POSITIVE = ("data.sequence_length", "data.vocab", "model.layers", "model.width", "model.heads", "model.kv_heads",
-            "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "train.batch",
+            "model.ffn_hidden", "model.experts", "model.top_k", "model.expert_hidden", "model.pool_layers", "train.batch",
             "train.accumulate", "train.lr", "train.expert_lr_ratio", "world.timeout_s", "world.rendezvous_timeout_s",
             "monitor.log_every", "monitor.dead_after", "monitor.slow_rank", "checkpoint.keep", "offload.cache_gib",
             "placement.probe_s", "dispatch.overlap_chunks")
@@ -203,6 +203,13 @@ def _check_model(config: Config) -> None:
         raise ConfigError(f"model.dense_blocks is {m.dense_blocks}: the blocks are 0..{m.layers - 1}, and with "
                           f"model.moe_every={m.moe_every} one of them must keep its experts (for a dense model set "
                           "model.moe_every=0)")
+    if (routed := len(config.routed_layers())) % m.pool_layers:
+        raise ConfigError(f"model.pool_layers is {m.pool_layers}, but {routed} blocks have experts, which is no multiple of it; "
+                          f"choose one of {[n for n in range(1, routed + 1) if routed % n == 0]}")
+    if r.name == "rexmoe" and (m.pool_layers < 2 or m.experts % m.pool_layers):
+        raise ConfigError(f"router.name=rexmoe chooses among the experts of several layers, but model.pool_layers is "
+                          f"{m.pool_layers} and model.experts, of the pool, {m.experts}; set model.pool_layers=2 (or more) and "
+                          "model.experts to a multiple of it")
     if m.top_k > m.experts:
         raise ConfigError(f"model.top_k ({m.top_k}) is above model.experts ({m.experts}); a token cannot go to more "
                           f"experts than there are: set model.top_k={m.experts} or less")

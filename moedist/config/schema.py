@@ -75,6 +75,8 @@ class ModelConfig:
     experts: int = key(8, "experts of a layer, E")
     top_k: int = key(2, "experts a token is sent to, K")
     expert_hidden: int = key(512, "hidden width of one expert, F")
+    pool_layers: int = key(1, "adjacent blocks with experts that share one pool of them, each with a router of its own (ReXMoE); "
+                              "model.experts is then of the pool")
     shared_experts: int = key(0, "experts that see every token, kept beside the routed ones on every rank")
     activation: str = key("swiglu", "swiglu or gelu")
     tie_embeddings: bool = key(True, "use the token embedding as the output projection")
@@ -98,7 +100,7 @@ class ModelConfig:
 class RouterConfig:
     name: str = key("topk", "random, topk, switch, stochastic_topk, expert_choice, soft_moe, hash, shared_expert, top_p, "
                             "null_experts, deepseek_moe, loss_free, grouped, group_limited, sinkhorn, comet, dynmole, "
-                            "progressive, sigma_moe, moe_plus_plus, recurrent, chain or thor")
+                            "progressive, sigma_moe, moe_plus_plus, recurrent, chain, thor or rexmoe")
     balance_loss: float = key(0.01, "weight of the load-balancing loss (loads counted over all ranks)")
     z_loss: float = key(0.001, "weight of the router z-loss")
     bias_rate: float = key(0.0, "step of the auxiliary-loss-free balancing bias (0: off; 0.001 is usual; topk, "
@@ -281,7 +283,11 @@ class Config:
         n = self.lowbit.top_n
         return n[self.moe_layers().index(layer)] if isinstance(n, list) else n
 
-    def moe_layers(self) -> list[int]:
-        """Indices of the blocks that have experts: every n-th block, the last of each n, less `dense_blocks`."""
+    def routed_layers(self) -> list[int]:
+        """Indices of the blocks that have a router: every n-th block, the last of each n, less `dense_blocks`."""
         n, dense = self.model.moe_every, self.model.dense_blocks
         return [i for i in range(self.model.layers) if n and (i + 1) % n == 0 and i not in dense]
+
+    def moe_layers(self) -> list[int]:
+        """Indices of the blocks that have experts of their own: of blocks that share a pool, the first."""
+        return self.routed_layers()[::self.model.pool_layers]

@@ -153,7 +153,7 @@ class _Part:
 
 def _dense_parts(config: Config, vocab: int, device: torch.device) -> list[_Part]:
     """A MoE block without its experts, a block with a dense feed-forward, and what comes before and after the blocks."""
-    m, moe = config.model, len(config.moe_layers())
+    m, moe = config.model, len(config.routed_layers())
     parts = []
     if moe:
         router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)

@@ -21,7 +21,8 @@ class Sizes:
     Attributes:
         experts, moe_layers: as configured; `moe_layers` are indices of blocks.
         rows_per_token: expert rows of a layer per token, as its router expects them.
-        iterations: how often tokens go through a layer in one forward pass.
+        iterations: how often tokens go through the experts of a layer in one forward pass, by its router or by those of other
+            layers.
         part, calls: sequences of one forward pass over all ranks, and forward passes of a step.
         sequence: tokens of a sequence.
         hidden: hidden width of an expert, mean.
@@ -51,21 +52,21 @@ class Sizes:
         m, t = config.model, config.train
         value = 8 if t.dtype == "float64" else 4
         gate = 3 if m.activation == "swiglu" else 2
-        moe, router = config.moe_layers(), router_of(config)
+        moe, routed, router = config.moe_layers(), len(config.routed_layers()), router_of(config)
         router_size = sum(p.numel() for p in router.parameters())
         attention = 2 * m.width * m.head * (m.heads + m.kv_heads)
         attention += {"none": 0, "head": 2, "all": m.heads + m.kv_heads}[m.qk_norm] * m.head
         dense = m.vocab_rows(vocab) * m.width * (1 if m.tie_embeddings else 2) + m.layers * attention \
-            + (m.layers - len(moe)) * gate * m.width * m.ffn_hidden + (2 * m.layers + 1) * m.width \
-            + len(moe) * (router_size + gate * m.width * m.expert_hidden * m.shared_experts)
+            + (m.layers - routed) * gate * m.width * m.ffn_hidden + (2 * m.layers + 1) * m.width \
+            + routed * (router_size + gate * m.width * m.expert_hidden * m.shared_experts)
         low = 2 if t.dtype in ("bfloat16", "float16") else value
         # per block: norms and residuals, q, k, v, attention's result, rows in and out with their hidden values
         rows = router.most_rows_per_token() / router.draws  # all else doubles with the draws too
         block = m.width * (2 * value + 4 * low) + math.ceil(rows * (2 * m.width + (gate - 1) * m.expert_hidden) * low)
         per_token = router.draws * ((m.width * value * m.layers if m.recompute else block * m.layers) + block)
-        return cls(m.experts, router.expected_rows_per_token(), tuple(moe), t.batch // t.accumulate, t.accumulate,
+        return cls(m.experts, m.pool_layers * router.expected_rows_per_token(), tuple(moe), t.batch // t.accumulate, t.accumulate,
                    config.data.sequence_length, m.expert_hidden, gate * m.width * m.expert_hidden * value, dense * value,
-                   per_token, m.width * low, iterations=router.iterations)
+                   per_token, m.width * low, iterations=m.pool_layers * router.iterations)
 
     def compressed(self, forms: Mapping[int, Mapping[int, ExpertForm]], value_bytes: int) -> "Sizes":
         """With experts as they are stored now.

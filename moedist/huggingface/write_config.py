@@ -43,6 +43,7 @@ def _misfits(config: Config) -> list[str]:
         "a dense model (model.moe_every=0)": not config.moe_layers(),
         f"model.activation={m.activation}": m.activation != "swiglu",
         f"model.shared_experts={m.shared_experts}": m.shared_experts > 0,
+        f"model.pool_layers={m.pool_layers}, experts that layers share": m.pool_layers > 1,
         f"router.name={r.name} (topk fits)": r.name != "topk",
         f"router.bias_rate={r.bias_rate:g}, a bias that chooses experts (router.bias_rate=0 leaves it out)": r.bias_rate > 0,
     }

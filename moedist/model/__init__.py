@@ -7,8 +7,8 @@ from moedist.model.factored import FactoredBank
 from moedist.model.forms import ExpertForm
 from moedist.model.kv_cache import KVCache
 from moedist.model.loss import next_token_loss_sum
-from moedist.model.moe import LayerReport, MoELayer
+from moedist.model.moe import LayerReport, MoELayer, PooledLayer
 from moedist.model.transformer import Batch, Transformer
 
 __all__ = ["Bank", "BankTensors", "Batch", "ExpertBank", "ExpertForm", "FactoredBank", "KVCache", "LayerReport", "MoELayer",
-           "Transformer", "build_bank", "consistency_loss_sum", "next_token_loss_sum"]
+           "PooledLayer", "Transformer", "build_bank", "consistency_loss_sum", "next_token_loss_sum"]

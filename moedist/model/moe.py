@@ -81,6 +81,7 @@ class MoELayer(nn.Module):
         self.router, self.shared, self.meter = router, shared, meter
         self.watch: Watch | None = None
         self.restored: int | None = None
+        self._others: tuple[Router, ...] = ()  # of blocks that share the experts; hidden from nn.Module, they are those blocks'
         self.place(bank, dispatcher)
 
     def place(self, bank: Bank, dispatcher: AnyDispatcher) -> None:
@@ -88,7 +89,23 @@ class MoELayer(nn.Module):
         self._bank = (bank,)  # a tuple hides it from nn.Module
         self.dispatcher = dispatcher
         targets = dispatcher.layout.plan.targets
-        self.router.targets_E = torch.tensor(targets, dtype=torch.float64) if targets else None
+        for router in self.routers:
+            router.targets_E = torch.tensor(targets, dtype=torch.float64) if targets else None
+
+    def share_with(self, router: Router) -> None:
+        """The router of another block sends rows to these experts too."""
+        self._others += (router,)
+        router.targets_E = self.router.targets_E
+
+    @property
+    def routers(self) -> tuple[Router, ...]:
+        """All that send rows to these experts: of this block, and of others that share them."""
+        return self.router, *self._others
+
+    def after_step(self, demand_E: torch.Tensor) -> None:
+        """See `Router.after_step`; rows of all blocks that share the experts."""
+        for router in self.routers:
+            router.after_step(demand_E)
 
     @property
     def bank(self) -> Bank:
@@ -96,20 +113,25 @@ class MoELayer(nn.Module):
 
     def forward(self, inputs: RouterInput) -> tuple[torch.Tensor, LayerReport]:
         """([G, S, D] output, report). Every rank must call it, with zero sequences too."""
-        if self.router.iterations == 1:
-            return self._once(inputs, self.shared)
+        return self.by(self.router, inputs, self.shared)
+
+    def by(self, router: Router, inputs: RouterInput, shared: FeedForward | None) -> tuple[torch.Tensor, LayerReport]:
+        """As `forward`, with the router and the shared experts of any block that shares the experts."""
+        if router.iterations == 1:
+            return self._once(router, inputs, shared)
         x_GSD, reports = inputs.x_GSD, []
-        for t in range(self.router.iterations):  # of Chain-of-Experts, which has the residual inside
-            y_GSD, report = self._once(dataclasses.replace(inputs, x_GSD=x_GSD, seed=mix_seeds(inputs.seed, t), iteration=t),
-                                       None if t else self.shared)
+        for t in range(router.iterations):  # of Chain-of-Experts, which has the residual inside
+            again = dataclasses.replace(inputs, x_GSD=x_GSD, seed=mix_seeds(inputs.seed, t), iteration=t)
+            y_GSD, report = self._once(router, again, None if t else shared)
             x_GSD = x_GSD + y_GSD
             reports.append(report)
         return x_GSD, joined(reports)
 
-    def _once(self, inputs: RouterInput, shared_experts: FeedForward | None) -> tuple[torch.Tensor, LayerReport]:
+    def _once(self, router: Router, inputs: RouterInput,
+              shared_experts: FeedForward | None) -> tuple[torch.Tensor, LayerReport]:
         x_GSD = inputs.x_GSD
         with region("route"):
-            routed = self.router(inputs)
+            routed = router(inputs)
         source = x_GSD if routed.mix_in is None else routed.mix_in.to(x_GSD.dtype) @ x_GSD
         timed = functools.partial(self.meter.expert, self.bank.layer) if self.meter and self.training else nullcontext
 
@@ -140,5 +162,23 @@ class MoELayer(nn.Module):
         demand_E = loads.extra_W.sum(0)
         aux = dict(routed.aux_losses)
         if routed.prob_sum_E is not None:
-            aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device), self.router.balance_targets())
+            aux["balance_loss"] = balance_loss_sum(routed.prob_sum_E, demand_E.to(x_GSD.device), router.balance_targets())
         return y, LayerReport(aux, routed.stats, loads.load_WE, loads.rows_P, loads.rows_W, demand_E, routed.carried)
+
+
+class PooledLayer(nn.Module):
+    """A feed-forward with a router, and shared experts, of its own, that sends rows to the experts of another block."""
+
+    def __init__(self, router: Router, owner: MoELayer, shared: FeedForward | None = None):
+        super().__init__()
+        self.router, self.shared = router, shared
+        self._owner = (owner,)  # a tuple hides it from nn.Module
+        owner.share_with(router)
+
+    @property
+    def owner(self) -> MoELayer:
+        return self._owner[0]
+
+    def forward(self, inputs: RouterInput) -> tuple[torch.Tensor, LayerReport]:
+        """See `MoELayer`."""
+        return self.owner.by(self.router, inputs, self.shared)

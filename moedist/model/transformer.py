@@ -23,7 +23,7 @@ from moedist.model.feed_forward import FeedForward
 from moedist.model.forms import ExpertForm
 from moedist.model.initialise import fill_normal
 from moedist.model.kv_cache import KVCache, LayerCache
-from moedist.model.moe import LayerReport, MoELayer
+from moedist.model.moe import LayerReport, MoELayer, PooledLayer, joined
 from moedist.placement import Plan
 from moedist.routing import RouterInput, build_router, mix_seeds, router_of
 from moedist.timing import Meter, region
@@ -119,7 +119,7 @@ class Block(nn.Module):
         with region("dense"):
             x = x_GSD + self._drop(self.attention(self.attention_norm(x_GSD), cos, sin, past))
             normed, report = self.ffn_norm(x), None
-        if isinstance(self.ffn, MoELayer):
+        if isinstance(self.ffn, (MoELayer, PooledLayer)):
             if torch.is_autocast_enabled(x.device.type):  # dispatch moves rows in the compute dtype
                 normed = normed.to(torch.get_autocast_dtype(x.device.type))
             y, report = self.ffn(RouterInput(normed, ids_GS, keys_GS, seed, self.training, carried))
@@ -157,23 +157,29 @@ class Transformer(nn.Module):
         rows_per_token = 1.0 if config.router.name == "soft_moe" else (asked := router_of(config)).most_rows_per_token() / (
             asked.iterations * asked.draws)
         sharing = choose_sharing(config.dispatch, transport, rows_per_token)
+        routed = config.routed_layers()
         for i in range(m.layers):
-            if i in config.moe_layers():
-                layout = Layout(plan.layer(i), transport.rank, transport.world_size, getattr(transport, "islands", ()))
-                of_layer = (forms or {}).get(i, {})
-                local = [of_layer.get(e, whole) for e in layout.local_experts]
-                bank = self.banks[i] = build_bank(i, layout.local_experts, local, m.width, m.activation, device, dtype)
+            if i in routed:
                 router = build_router(m.width, m.experts, m.top_k, config.router, config.data.sequence_length)
+                router.take_place(routed.index(i) % m.pool_layers, m.pool_layers)
                 if first is None:
                     first = router
                 else:
                     router.follow(first)
                 shared = FeedForward(m.width, m.expert_hidden * m.shared_experts, m.activation) \
                     if m.shared_experts else None
+            if i in config.moe_layers():
+                layout = Layout(plan.layer(i), transport.rank, transport.world_size, getattr(transport, "islands", ()))
+                of_layer = (forms or {}).get(i, {})
+                local = [of_layer.get(e, whole) for e in layout.local_experts]
+                bank = self.banks[i] = build_bank(i, layout.local_experts, local, m.width, m.activation, device, dtype)
                 dispatcher = build_dispatcher(layout, transport, device, sharing, None if meter is None else (i, meter))
                 ffn: nn.Module = MoELayer(router, bank, dispatcher, shared, meter)
+                owner = ffn
                 if any(form.is_lowbit for form in of_layer.values()):
                     ffn.restored = config.restored(i)
+            elif i in routed:
+                ffn = PooledLayer(router, owner, shared)
             else:
                 ffn = FeedForward(m.width, m.ffn_hidden, m.activation)
             blocks.append(Block(m, ffn))
@@ -191,8 +197,16 @@ class Transformer(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def moe_layers(self) -> Iterator[tuple[int, MoELayer]]:
-        """(index of the block, its MoE layer)."""
+        """(index of the block, its MoE layer) of those that have experts of their own."""
         return ((i, block.ffn) for i, block in enumerate(self.layers) if isinstance(block.ffn, MoELayer))
+
+    def routed_layers(self) -> Iterator[tuple[int, int, MoELayer | PooledLayer]]:
+        """(index of the block, of the block whose experts it sends to, its layer) of all blocks with a router."""
+        owner = 0
+        for i, block in enumerate(self.layers):
+            owner = i if isinstance(block.ffn, MoELayer) else owner
+            if isinstance(block.ffn, (MoELayer, PooledLayer)):
+                yield i, owner, block.ffn
 
     @property
     def draws(self) -> int:
@@ -216,7 +230,7 @@ class Transformer(nn.Module):
         return found
 
     def forward(self, batch: Batch, cache: KVCache | None = None) -> tuple[torch.Tensor, dict[int, LayerReport]]:
-        """([G, S, D] normalised hidden states, report of every MoE layer).
+        """([G, S, D] normalised hidden states, report of every MoE layer, see `moe_layers`).
 
         With a cache, the batch is [T, 1], the tokens that `KVCache.begin` has announced; routers then see sequences of one
         token.
@@ -226,7 +240,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(positions, self.m.head, self.m.rope_base, x.dtype)
         if cache is not None:  # [T, 1, 1, C]: a position for every sequence of one token
             cos, sin = cos[:, None, None], sin[:, None, None]
-        reports, carried = {}, None
+        reports, carried, owner = {}, None, 0
         for i, block in enumerate(self.layers):
             args = (x, cos, sin, batch.ids_GS, batch.keys_GS, mix_seeds(batch.seed, i), carried,
                     None if cache is None else cache.layers[i])
@@ -237,7 +251,8 @@ class Transformer(nn.Module):
             else:
                 x, report = block(*args)
             if report is not None:
-                reports[i], carried = report, report.carried
+                owner, carried = i if isinstance(block.ffn, MoELayer) else owner, report.carried
+                reports[owner] = joined([reports[owner], report]) if owner in reports else report
         return self.norm(x), reports
 
     def _initialise(self, seed: int) -> None:

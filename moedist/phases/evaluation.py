@@ -73,4 +73,4 @@ def _remember(model: Transformer, routing: RoutingMemory | None) -> list[Removab
         routing.note(layer, routed, router.experts, router.top_k)
 
     return [moe.router.register_forward_hook(lambda router, _, routed, layer=i: note(layer, router, routed))
-            for i, moe in model.moe_layers()]
+            for i, _, moe in model.routed_layers()]

@@ -10,7 +10,7 @@ import torch
 
 from moedist.model import ExpertForm, MoELayer, Transformer
 from moedist.phases.shrink import merged
-from moedist.routing import Assignment, most_trusted
+from moedist.routing import Assignment, Router, most_trusted
 from moedist.world import World
 
 
@@ -45,8 +45,8 @@ def counting(model: Transformer) -> Iterator[Routed]:
     first = next(iter(dict(model.moe_layers())))
 
     def seen(layer: int, moe: MoELayer):
-        def hook(_, inputs: tuple, assignment: Assignment) -> None:
-            if layer == first and not inputs[0].iteration:
+        def hook(router: Router, inputs: tuple, assignment: Assignment) -> None:
+            if layer == first and router is moe.router and not inputs[0].iteration:
                 routed.tokens += inputs[0].vocab_ids_GS.numel()
             experts = moe.router.experts
             trusted = torch.ones_like(assignment.expert_ids_N, dtype=torch.bool)
@@ -58,7 +58,7 @@ def counting(model: Transformer) -> Iterator[Routed]:
 
     try:
         for layer, moe in model.moe_layers():
-            hooks.append(moe.router.register_forward_hook(seen(layer, moe)))
+            hooks += [router.register_forward_hook(seen(layer, moe)) for router in moe.routers]
         yield routed
     finally:
         for hook in hooks:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import torch
 
-from moedist.model import Bank, MoELayer
+from moedist.model import Bank, MoELayer, PooledLayer
 from moedist.routing import Assignment
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ class _Forward:
             for i, block in enumerate(model.layers):
                 hooks.append(block.attention.register_forward_hook(self._hook(i, ATTENTION)))
                 hooks.append(block.register_forward_hook(self._hook(i, OUTPUT)))
-                if isinstance(block.ffn, MoELayer):
+                if isinstance(block.ffn, (MoELayer, PooledLayer)):
                     hooks.append(block.ffn.router.register_forward_hook(self._hook(i, ROUTER)))
+                if isinstance(block.ffn, MoELayer):
                     block.ffn.watch = self._watch(i, block.ffn.bank)
             for batch, targets in self.run.batches_before():
                 loss, _ = self.run.engine.forward(batch, targets, self.run.dtype)

@@ -132,7 +132,7 @@ def train_step(run: Run) -> StepReport:
     with region("optimizer"):
         result = run.engine.step(lr, packed)
     for layer, moe in run.model.moe_layers():
-        moe.router.after_step(demands[layer])
+        moe.after_step(demands[layer])
     progress.step += 1
     progress.phase_step += 1
     progress.sequences += t.batch
@@ -214,7 +214,7 @@ def note_step(run: Run, report: StepReport) -> None:
 def log_step(run: Run, report: StepReport) -> None:
     """Record what the steps since the last time were. Every rank must call it."""
     config, step, sums, norm, watch = run.config, run.progress.step, report.sums, report.grad_norm, run.watch
-    tokens, layers, start = config.train.batch * config.data.sequence_length, max(len(report.loads), 1), time.perf_counter()
+    tokens, layers, start = config.train.batch * config.data.sequence_length, max(len(config.routed_layers()), 1), time.perf_counter()
     values = watch.metrics(run, report)
     if run.world.is_main:
         loss = sums["loss"] / tokens

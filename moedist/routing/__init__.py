@@ -26,6 +26,7 @@ from moedist.routing.progressive import ProgressiveRouter
 from moedist.routing.moe_plus_plus import MoEPlusPlusRouter
 from moedist.routing.random import RandomRouter
 from moedist.routing.recurrent import RecurrentRouter
+from moedist.routing.rexmoe import ReXMoERouter
 from moedist.routing.shared_expert import SharedExpertRouter
 from moedist.routing.sigma_moe import SigmaMoERouter
 from moedist.routing.sinkhorn import SinkhornRouter
@@ -61,6 +62,7 @@ ROUTERS: dict[str, type[Router]] = {
     "recurrent": RecurrentRouter,
     "chain": ChainRouter,
     "thor": ThorRouter,
+    "rexmoe": ReXMoERouter,
 }
 
 

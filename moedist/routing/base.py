@@ -132,6 +132,9 @@ class Router(nn.Module):
     def follow(self, first: "Router") -> None:
         """Called on the router of every MoE layer but the first, with that of the first: what is shared is that one's."""
 
+    def take_place(self, place: int, layers: int) -> None:
+        """Called where several layers share their experts: this is the router of the `place`-th of so many."""
+
     def most_rows_per_token(self) -> float:
         """Rows of a batch over its tokens, at most: for memory."""
         return float(self.top_k)

@@ -17,6 +17,7 @@ GIVEN: dict[str, dict[str, dict[str, Any]]] = {
     "progressive": {"router": {"options": {"steps": 16}}},
     "sigma_moe": {"router": {"options": {"expert_dropout": 0.2}}},
     "recurrent": {"router": {"options": {"state": 6}}},
+    "rexmoe": {"model": {"pool_layers": 2, "experts": 16}, "router": {"options": {"steps": 16}}},
 }
 
 

@@ -53,7 +53,7 @@ def flops_per_token(model: Transformer, stream: EvalStream, world: World, dtype:
         of_row = dict(zip(moe.bank.expert_ids, moe.bank.flops_per_row))
         load_E = reports[layer].load_WE.sum(0).tolist()
         experts += sum(n * of_row[e] for e, n in enumerate(load_E))
-        rows += sum(load_E) / len(reports)
+        rows += sum(load_E) / len(list(model.routed_layers()))
     tokens = inputs.numel()
     others = counter.get_total_flops() - in_banks[0] + 2 * model.head_weight.numel() * tokens
     return Flops((others + experts) / tokens, experts / tokens, rows / tokens)

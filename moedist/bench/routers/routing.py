@@ -10,7 +10,7 @@ from typing import Any, Mapping
 
 import torch
 
-from moedist.model import LayerReport, MoELayer, Transformer
+from moedist.model import LayerReport, Transformer
 from moedist.monitor import chosen_pairs, shared_pairs
 from moedist.routing import Assignment, Router, RouterInput, mix_seeds
 
@@ -40,9 +40,9 @@ class RoutingWatch:
         self._first: list[Any] = []
 
     def __enter__(self) -> "RoutingWatch":
-        for layer, moe in self.model.moe_layers():
+        for layer, owner, moe in self.model.routed_layers():
             self._hooks.append(moe.register_forward_hook(
-                lambda moe, _, result, layer=layer: self._count(layer, moe, result[1])))
+                lambda _, __, result, owner=owner: self._count(owner, result[1])))
             self._first.append(moe.router.register_forward_hook(
                 lambda router, inputs, routed, layer=layer: self._note(layer, router, inputs[0], routed)))
         self._first.append(self.model.register_forward_hook(lambda *_: self._end_first_pass()))
@@ -57,7 +57,7 @@ class RoutingWatch:
         while self._first:
             self._first.pop().remove()
 
-    def _count(self, layer: int, moe: MoELayer, report: LayerReport) -> None:
+    def _count(self, layer: int, report: LayerReport) -> None:
         self.loads[layer] = self.loads.get(layer, 0) + report.load_WE.sum(0).double()
         dropped = float(report.stats.get("dropped_rows", 0.0))
         self.dropped += dropped

@@ -24,6 +24,14 @@ def _finer(config: Config) -> list[str]:
             f"model.expert_hidden={m.expert_hidden // 2}"]
 
 
+def _pooled(config: Config) -> list[str]:
+    """The same experts, of as few layers as can be in one pool, which is open before the routing is compared with itself."""
+    layers = len(config.routed_layers())
+    pool = next((n for n in range(2, layers + 1) if layers % n == 0), 2)
+    return [f"model.pool_layers={pool}", f"model.experts={pool * config.model.experts}",
+            f"router.options.steps={config.train_steps // 2}"]
+
+
 # What a router needs that the others do not have, given what all have in common; everything else is the same for all.
 NEEDS: dict[str, Callable[[Config], list[str]]] = {
     "switch": lambda config: ["model.top_k=1"],
@@ -33,6 +41,7 @@ NEEDS: dict[str, Callable[[Config], list[str]]] = {
     "group_limited": lambda config: ["router.options.update_rate=0.01"],
     # schedules that are over before the routing is compared with itself
     "progressive": lambda config: [f"router.options.steps={config.train_steps // 2}"],
+    "rexmoe": _pooled,
     "comet": lambda config: [f"router.options.permutation_steps={config.train_steps // 3}"],
 }
 
