@@ -81,7 +81,7 @@ def describe(budget: Budget, config: Config, seconds: float) -> str:
     return (f"Each router from the same weights on the same text ({data}, {config.data.tokenizer}) for {budget.steps} steps, "
             f"{tokens:,} tokens; {m.layers} layers of width {m.width}, {m.experts} experts of {m.expert_hidden}, top_k "
             f"{m.top_k}; {budget.seeds} seed{'s: mean ± standard deviation' if budget.seeds > 1 else ''}; "
-            f"{seconds / 60:.1f} minutes.{quick}")
+            f"the command took {seconds / 60:.1f} minutes.{quick}")
 
 
 def router_table(rows: Sequence[Row]) -> str:
