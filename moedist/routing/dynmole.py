@@ -33,6 +33,7 @@ class DynMoLERouter(Router):
     nearly every token, and planning reckons with that.
     """
 
+    balances = True
     Options = DynMoLEOptions
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):

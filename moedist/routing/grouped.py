@@ -24,6 +24,7 @@ class GroupedRouter(TopKRouter):
     whatever the text. The paper's weights are the scores as they are: `router.normalize=false`.
     """
 
+    balances = False  # groups have equal loads, whatever a bias wants
     Options = GroupedOptions
 
     def check(self) -> None:

@@ -30,6 +30,7 @@ class LossFreeRouter(Router):
     (eq. 17-20), in which the bias does not count.
     """
 
+    balances = True
     Options = LossFreeOptions
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):

@@ -27,6 +27,7 @@ class TopPRouter(Router):
     `model.top_k` chooses nothing here; planning takes it for the mean number of experts of a token.
     """
 
+    balances = True
     Options = TopPOptions
 
     def __init__(self, width: int, experts: int, top_k: int, config: RouterConfig, sequence: int):
