@@ -24,8 +24,9 @@ class Measure(NamedTuple):
 _RANKS = ":".join(f"{s:g}" for s in SPEEDS)
 MEASURES: dict[str, Measure] = {
     "balance": Measure("load balance", ".3f", "mean over largest rows of an expert of a layer (1: all have as many), of "
-                       "held-out text, mean over layers; the reciprocal of the metric moe/load_imbalance"),
-    "balance_training": Measure("in training", ".3f", f"the same of the last {LAST_SHARE:.0%} of training"),
+                       f"the last {LAST_SHARE:.0%} of training, whose steps wait for the largest; mean over layers; the "
+                       "reciprocal of the metric moe/load_imbalance"),
+    "balance_held_out": Measure("of held-out text", ".3f", "the same of text that was not trained on"),
     "utilisation": Measure("utilisation", ".3f", "effective number of experts over their number: exp(entropy of their shares "
                            "of rows) / E, of held-out text, mean over layers"),
     "generate_tps": Measure("generation tokens/s", ",.0f", "new tokens a second, of one process with one thread on a CPU, all "

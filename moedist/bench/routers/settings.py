@@ -14,7 +14,7 @@ from moedist.routing import ROUTERS
 
 # Balanced without a loss, in the table beside the routers by name. The usual rate of 0.001 is for tens of thousands of steps:
 # in a few hundred, biases that move so slowly arrive nowhere.
-BALANCED = "topk+bias_rate=0.01+balance_loss=0"
+BALANCED = "topk+bias_rate=0.01+bias_rule=proportional+balance_loss=0"
 
 
 def _finer(config: Config) -> list[str]:

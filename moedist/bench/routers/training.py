@@ -110,9 +110,9 @@ def measure(run: Run, budget: Budget, trained: dict[int, torch.Tensor], before: 
         model, world, prompts, budget.new_tokens, config.data.sequence_length, run.dtype)]
     of_n = {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
     return {
-        "balance": mean_over_layers(load_balance, watch.loads),
+        "balance": mean_over_layers(load_balance, trained),
+        "balance_held_out": mean_over_layers(load_balance, watch.loads),
         "utilisation": mean_over_layers(expert_utilisation, watch.loads),
-        "balance_training": mean_over_layers(load_balance, trained),
         "dropped": watch.dropped / watch.wanted if watch.wanted else 0.0,
         "diversity": sum(of_n.values()) / len(of_n), **of_n, "self_bleu": self_bleu(texts),
         "stability": agreement(before, watch.pairs), "stability_noise": agreement(watch.pairs, watch.noisy),

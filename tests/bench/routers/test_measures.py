@@ -191,7 +191,7 @@ def test_spreads_and_how_they_are_written():
 
 
 def test_variants():
-    assert parse_variant(BALANCED) == ("topk", ["router.bias_rate=0.01", "router.balance_loss=0"])
+    assert parse_variant(BALANCED) == ("topk", ["router.bias_rate=0.01", "router.bias_rule=proportional", "router.balance_loss=0"])
     config = config_of(QUICK, "shared_expert+model.top_k=3+z_loss=0.5", 2, "x", ["model.width=32"])
     assert (config.router.name, config.model.shared_experts, config.model.top_k, config.router.z_loss, config.seed,
             config.model.width, config.phases) == ("shared_expert", 1, 3, 0.5, 2, 32, [{"train": QUICK.steps}])
