@@ -9,7 +9,7 @@ import torch
 
 from moedist.config import Config, RouterConfig
 from moedist.errors import ConfigError
-from moedist.routing.base import Assignment, Router, RouterInput
+from moedist.routing.base import Assignment, Router, RouterInput, options_of
 from moedist.routing.comet import CometRouter
 from moedist.routing.deepseek_moe import DeepSeekMoERouter
 from moedist.routing.dynmole import DynMoLERouter
@@ -105,4 +105,4 @@ def check_router(config: Config) -> None:
 
 
 __all__ = ["ROUTERS", "Assignment", "Router", "RouterInput", "balance_loss_sum", "build_router", "check_router",
-           "describe_options", "mix_seeds", "most_trusted", "router_of"]
+           "describe_options", "mix_seeds", "most_trusted", "options_of", "router_of"]

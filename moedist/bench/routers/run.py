@@ -27,6 +27,7 @@ from moedist.bench.routers.training import train_and_measure
 from moedist.config import Config
 from moedist.data import prepare_corpus
 from moedist.errors import MoedistError
+from moedist.routing import ROUTERS, options_of
 from moedist.world import find_launch, pick_device
 
 
@@ -70,7 +71,8 @@ def bench_routers(variants: Sequence[str] | None = None, quick: bool = False, se
     variants = list(dict.fromkeys(variants or default_variants()))
     with tempfile.TemporaryDirectory(prefix="bench-routers-") if out is None else nullcontext(out) as folder:
         for variant in variants:
-            config_of(budget, variant, 0, str(folder), overrides)  # refuses what is unknown before anything is trained
+            config = config_of(budget, variant, 0, str(folder), overrides)  # refuses what is unknown before anything is trained
+            options_of(ROUTERS[config.router.name], config.router)
         base = base_config(budget, str(folder), overrides)
         digest = prepare_corpus(base.data).digest
         results = Results(folder, _settings(budget, base, digest))

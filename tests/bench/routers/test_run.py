@@ -106,6 +106,12 @@ def test_a_bench_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
         run(tmp_path / "out", more=["model.top_k=1"])
 
 
+def test_an_unknown_option_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(ConfigError, match="'treshold'.*did you mean 'threshold'"):
+        run(tmp_path / "out", "topk", "top_p+treshold=0.3")
+    assert not list((tmp_path / "out").glob("runs/*"))
+
+
 def test_a_router_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
     broken = "expert_choice+capacity_factor=0"
     with pytest.raises(MoedistError, match=r"1 of 2 trainings failed: expert_choice\S*, seed 0: .*capacity_factor is 0"):
