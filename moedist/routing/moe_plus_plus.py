@@ -87,7 +87,7 @@ class MoEPlusPlusRouter(Router):
         stats = {"entropy": entropy_sum(probs_TA)}
         if self.config.capacity_factor:
             capacity = even_share(s, self.expected_rows_per_token(), self.experts, self.config.capacity_factor)
-            fits_TK = within_capacity(chosen_TK.view(g, s, -1), len(self.weight), capacity).reshape(chosen_TK.shape)
+            fits_TK = within_capacity(chosen_TK.view(g, s, self.top_k), len(self.weight), capacity).reshape(chosen_TK.shape)
             stats["dropped_rows"] = (sent_TK & ~fits_TK).sum()
             kept_TK = sent_TK & fits_TK
         else:

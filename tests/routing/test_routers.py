@@ -50,11 +50,12 @@ def test_assignment_is_valid(name):
     assert bool((a.weights_N > 0).all()) and bool((a.weights_N <= 1 + 1e-9).all())
 
 
+@pytest.mark.parametrize("capacity_factor", [None, 0.5])
 @pytest.mark.parametrize("name", sorted(ROUTERS))
-def test_empty_batch(name):
+def test_empty_batch(name, capacity_factor):
     empty = RouterInput(torch.zeros(0, S, D, dtype=torch.float64), torch.zeros(0, S, dtype=torch.int64),
                         torch.zeros(0, S, dtype=torch.int64), 0, True)
-    a = router(name)(empty)
+    a = router(name, capacity_factor=capacity_factor)(empty)
     assert len(a.token_ids_N) == 0 and int(a.demand_E.sum()) == 0
 
 
