@@ -7,7 +7,7 @@ import torch
 
 from moedist.errors import ConfigError
 from moedist.routing import balance_loss_sum
-from tests.routing.test_routers import D, E, G, S, inputs, router
+from tests.routing.test_routers import E, G, S, inputs, router
 
 
 def test_zero_copy_and_constant_experts_give_what_they_are_called():

@@ -18,7 +18,7 @@ from moedist.routing.progressive import experts_at
 from moedist.routing.sinkhorn import transport_plan
 from moedist.world import World
 from tests.moe_cases import Case, build_layer
-from tests.routing.test_routers import D, E, G, S, inputs, router
+from tests.routing.test_routers import E, G, S, inputs, router
 
 T = G * S
 
