@@ -11,6 +11,9 @@ from tests.launching import QUICKSTART, moedist, only_run
 EXACT = "train.dtype=float64"
 
 
+STOPS = "acegikmoqsuwy"  # a model that has hardly learned draws any byte: one of so many comes soon
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("run")
@@ -25,7 +28,7 @@ def test_everything_a_user_may_ask_for(run, cache, tmp_path):
     prompts.write_text('{"prompt": "import"}\n\n"class"\n')
     arguments = ["generate", run, EXACT, "router.capacity_factor=0", "--prompt", "def ", "--prompts", str(prompts), "-n", "2",
                  "--max-tokens", "40", "--top-k", "0", "--top-p", "0.95", "--min-p", "0.001", "--repetition-penalty", "1.1",
-                 "--stop", "e", "--seed", "5"]
+                 "--seed", "5", *(word for letter in STOPS for word in ("--stop", letter))]
     one = moedist(1, cache, *arguments, "--json", f"{tmp_path}/one.json")
     two = moedist(2, cache, *arguments, "--batch", "2", "--json", f"{tmp_path}/two.json")
     whole = moedist(1, cache, *arguments, "--no-cache")
@@ -37,8 +40,8 @@ def test_everything_a_user_may_ask_for(run, cache, tmp_path):
     assert [(s["prompt"], s["sample"]) for s in told[0]["samples"]] == [(p, n) for p in ("def ", "import", "class")
                                                                         for n in (0, 1)]
     for sample in told[0]["samples"]:
-        assert sample["prompt"] + sample["text"] in one.stdout and "e" not in sample["text"]
-        assert (sample["ended"] == "stop") == (sample["ids"][-1] == ord("e")) and len(sample["ids"]) <= 40
+        assert sample["prompt"] + sample["text"] in one.stdout and not set(STOPS) & set(sample["text"])
+        assert (sample["ended"] == "stop") == (chr(sample["ids"][-1]) in STOPS) and len(sample["ids"]) <= 40
     assert {s["ended"] for s in told[0]["samples"]} >= {"stop"} and told[0]["timings"]["decode_tokens"] > 0
 
 

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 GRACE_S = 30.0
 # what ranks import only when they need it: a second or more of each of them
-IMPORTED_LATER = ("torch.distributed.checkpoint", "torch._dynamo", "matplotlib.pyplot", "wandb")
+IMPORTED_LATER = ("torch.distributed.checkpoint", "torch._dynamo", "matplotlib.pyplot")
 
 
 class WarmLauncher:

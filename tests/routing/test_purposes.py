@@ -266,7 +266,7 @@ def test_options_that_cannot_be_are_refused_with_the_numbers(name, options, word
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_every_router_goes_with_the_default_model(name):
-    shared = {"shared_experts": int(name in ("shared_expert", "deepseek_moe"))}
+    shared = {"shared_experts": int(name in ("shared_expert", "deepseek_moe")), "pool_layers": 2 if name == "rexmoe" else 1}
     config = config_from_dict({"router": {"name": name}, "model": shared | ({"top_k": 1} if name == "switch" else {})})
     check_config(config, 1)
     check_router(config)
