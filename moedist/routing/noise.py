@@ -44,7 +44,8 @@ def uniform(keys: torch.Tensor, columns: int, seed: int, dtype: torch.dtype = to
     """Uniform numbers in (0, 1), shape keys.shape + (columns,)."""
     column_seeds = torch.arange(columns, device=keys.device, dtype=torch.int64)
     bits = hash_int(hash_int(keys, seed).unsqueeze(-1) + column_seeds, seed) >> 39  # 24 bits: exact in float32
-    return (bits.to(dtype) + 0.5) / (1 << 24)
+    # float32 would round the largest up to 1, of which `normal` makes infinity: one draw in 30 million
+    return ((bits.to(dtype) + 0.5) / (1 << 24)).clamp_(max=1 - 2**-24)
 
 
 def normal(keys: torch.Tensor, columns: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

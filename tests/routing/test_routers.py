@@ -210,6 +210,16 @@ def test_bias_evens_out_loads():
     torch.testing.assert_close(a.weights_N.view(-1, 2), chosen / chosen.sum(-1, keepdim=True))
 
 
+def test_the_largest_and_the_smallest_draw_are_finite(monkeypatch):
+    """Of 24 bits that are all ones or all zeros; a training of millions of tokens meets them."""
+    for bits in (-1, 0):
+        monkeypatch.setattr("moedist.routing.noise.hash_int", lambda keys, seed, bits=bits: torch.full_like(
+            keys, ((1 << 63) - 1) & bits))
+        for dtype in (torch.float32, torch.float64):
+            u, n = uniform(torch.arange(3), 2, 0, dtype), normal(torch.arange(3), 2, 0, dtype)
+            assert 0 < u.min() and u.max() < 1 and bool(n.isfinite().all()) and 5 < n.abs().max() < 6
+
+
 def test_noise_has_the_right_distribution_and_depends_on_every_argument():
     keys = torch.arange(20_000)
     u, n = uniform(keys, 4, 1), normal(keys, 4, 1, torch.float64)
