@@ -238,6 +238,11 @@ def test_import_is_light():
     assert subprocess.run(command(1)[:1] + ["-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_cancelling_does_not_wait_for_torch():
+    code = "import sys, moedist.submit.submit, moedist.submit.listing; print('torch' in sys.modules)"
+    assert subprocess.run(command(1)[:1] + ["-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
 @pytest.mark.gpu
 def test_training_on_an_accelerator_and_mixed_with_a_cpu(tmp_path, cache):
     kind = torch.accelerator.current_accelerator().type

@@ -85,7 +85,7 @@ def _one_seed(world: World, sides: dict[str, Side], steps: int, timed: int) -> d
         evaluate(side.run)
         side.run.model.train()
         figures |= {f"{name}.rows_over_bound": rows_over_bound(side.reports, SPEEDS),
-                    f"{name}.load_balance": load_balance(side.reports), f"{name}.perplexity": side.run.held_out.perplexity}
+                    f"{name}.rows_in_place": rows_in_place(side.reports), f"{name}.perplexity": side.run.held_out.perplexity}
         side.reports.clear()
         side.seconds.clear()
     for name, other in (("bias", "loss"), ("speed", "bias"), ("speed", "loss")):
@@ -113,7 +113,7 @@ def rows_over_bound(reports: Sequence[StepReport], speeds: Sequence[float]) -> f
     return phase / bound
 
 
-def load_balance(reports: Sequence[StepReport]) -> float:
+def rows_in_place(reports: Sequence[StepReport]) -> float:
     """1 - sum_e |f_e - 1/E| / 2, mean over steps and layers: the part of the rows that are where equal loads want them."""
     found = []
     for report in reports:

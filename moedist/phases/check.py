@@ -26,7 +26,8 @@ def check_training(config: Config, ranks: int) -> list[str]:
     if together < ranks:
         notices.append(f"{ranks} ranks share {together} sequences of a forward pass (train.batch / train.accumulate): "
                        f"{ranks - together} of them will only compute experts; set train.batch={ranks * t.accumulate} or more")
-    if config.moe_layers() and experts + config.placement.max_copies < ranks:
-        notices.append(f"{ranks} ranks share {experts} experts of a layer: in every layer {ranks - experts} of them will have "
+    held = experts + config.placement.max_copies
+    if config.moe_layers() and held < ranks:
+        notices.append(f"{ranks} ranks share {experts} experts of a layer: in every layer {ranks - held} of them will have "
                        "none; set model.experts higher, placement.max_copies, or take fewer ranks")
     return notices

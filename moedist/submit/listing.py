@@ -64,7 +64,7 @@ def state_of(member: Member, queue: Mapping[str, Queued]) -> str:
 
 def show_jobs(root: str | Path, names: Sequence[str] = ()) -> str:
     """A table of jobs: state, step, newest checkpoint, loss, kinds of nodes."""
-    from moedist.monitor.table import table  # brings torch, which submitting and cancelling do not wait for
+    from moedist.monitor.table import table  # brings torch, which cancelling does not wait for
     trainings = [find_trainings(name, root)[1] for name in names] or [folder.members() for folder in job_folders(root)]
     if not trainings:
         return f"no jobs in {Path(root) / 'jobs'}; moedist submit CONFIG --cluster PROFILE makes one"

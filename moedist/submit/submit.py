@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ import yaml
 
 from moedist.config import Config, load_config
 from moedist.errors import ConfigError
-from moedist.phases import check_training
 from moedist.submit.check_task import CheckTask
 from moedist.submit.follow import follow, follow_file
 from moedist.submit.job_folder import Job, JobFolder, Member
@@ -149,14 +149,17 @@ def resize(member: Member, nodes: Optional[Mapping[str, int]] = None, time_limit
 
 
 def _read(request: Request, signal_s: Optional[int] = None) -> tuple[Profile, list[Config]]:
+    from moedist.phases import check_training  # brings torch, which cancel and resize do not wait for
     profile = read_profile(request.profile, request.nodes or {}, request.time, signal_s)
     tasks = sum(kind.nodes * kind.tasks_per_node for kind in profile.kinds)
-    configs = []
+    configs, notices = [], {}
     for own in request.each:
         configs.append(load_config(request.config, [*request.overrides, *own]))
-        check_training(configs[-1], tasks)
+        notices |= dict.fromkeys(check_training(configs[-1], tasks))
     if len({config.name for config in configs} | {config.folder for config in configs}) > 2:
         raise ConfigError("the trainings of a sweep share name= and folder=; leave these two out of --each")
+    for notice in notices:
+        print(f"warning: {notice}", file=sys.stderr, flush=True)
     return profile, configs
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moedist.bench.balance import SPEEDS, bench_balance, load_balance, rows_over_bound
+from moedist.bench.balance import SPEEDS, bench_balance, rows_in_place, rows_over_bound
 from moedist.checkpoint import read_meta
 from moedist.config import config_from_dict
 from moedist.coordinator import written_plan
@@ -39,7 +39,7 @@ def balanced(world, folder, cache):
     again = build_run(config, world, written, run.folder, path, meta)
     (_, before), (_, after) = next(run.model.moe_layers()), next(again.model.moe_layers())
     kept = (before.router.targets_E.equal(after.router.targets_E), before.router.bias.equal(after.router.bias))
-    return ([r.ranks.rows[0] for r in reports], rows_over_bound(reports[-LAST:], SPEEDS), load_balance(reports[-LAST:]),
+    return ([r.ranks.rows[0] for r in reports], rows_over_bound(reports[-LAST:], SPEEDS), rows_in_place(reports[-LAST:]),
             run.plan.to_json(), meta["plan"], kept, said)
 
 

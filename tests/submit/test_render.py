@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moedist.errors import ConfigError
 from moedist.submit.submit import Request, dry_run
 from tests.launching import ROOT
 
@@ -34,7 +35,7 @@ def test_array_and_its_members():
 
 def test_a_reader_that_has_seen_enough():
     command = [sys.executable, "-m", "moedist", "submit", "configs/quickstart.yaml", "--cluster", "slurm/clusters/nvidia.yaml",
-               "--dry-run"]
+               "--dry-run", "model.experts=16"]  # one for every rank: nothing to warn of
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as printing:
         printing.stdout.close()
         assert printing.stderr.read() == "" and printing.wait(timeout=60) == 1
@@ -47,3 +48,17 @@ def test_sweep_over_heterogeneous_jobs_is_a_job_each():
     assert "# training 0: seed=0\n#!/bin/bash\n" in text and "\n# training 1: seed=1\n#!/bin/bash\n" in text
     assert "--array" not in text and text.count("#SBATCH hetjob") == 2
     assert "export MOEDIST_JOB=$folder/0\n" in text and "export MOEDIST_JOB=$folder/1\n" in text
+
+
+def test_ranks_without_work_are_told_once_and_unknown_options_refused(capsys):
+    def request(*overrides):
+        return Request(str(ROOT / "configs/quickstart.yaml"), ["placement.counts=null", *overrides],
+                       str(ROOT / "slurm/clusters/mixed-hetjob.yaml"), each=[["seed=0"], ["seed=1"]])
+
+    dry_run(request("model.experts=2", "model.top_k=1"))
+    said = capsys.readouterr().err
+    assert said.count("experts of a layer") == 1 and said.startswith("warning: ")
+    dry_run(request("model.experts=64"))
+    assert "experts of a layer" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="'treshold', which router topk has not"):
+        dry_run(request("router.options.treshold=1"))
