@@ -204,12 +204,12 @@ def _check_model(config: Config) -> None:
                           f"model.moe_every={m.moe_every} one of them must keep its experts (for a dense model set "
                           "model.moe_every=0)")
     if (routed := len(config.routed_layers())) % m.pool_layers:
-        raise ConfigError(f"model.pool_layers is {m.pool_layers}, but {routed} blocks have experts, which is no multiple of it; "
-                          f"choose one of {[n for n in range(1, routed + 1) if routed % n == 0]}")
+        raise ConfigError(f"model.pool_layers is {m.pool_layers}, but {routed} blocks have experts, which is no multiple of "
+                          f"it; choose one of {[n for n in range(1, routed + 1) if routed % n == 0]}")
     if r.name == "rexmoe" and (m.pool_layers < 2 or m.experts % m.pool_layers):
         raise ConfigError(f"router.name=rexmoe chooses among the experts of several layers, but model.pool_layers is "
-                          f"{m.pool_layers} and model.experts, of the pool, {m.experts}; set model.pool_layers=2 (or more) and "
-                          "model.experts to a multiple of it")
+                          f"{m.pool_layers} and model.experts, of the pool, {m.experts}; set model.pool_layers=2 (or more) "
+                          "and model.experts to a multiple of it")
     if m.top_k > m.experts:
         raise ConfigError(f"model.top_k ({m.top_k}) is above model.experts ({m.experts}); a token cannot go to more "
                           f"experts than there are: set model.top_k={m.experts} or less")

@@ -64,9 +64,10 @@ class Sizes:
         rows = router.most_rows_per_token() / router.draws  # all else doubles with the draws too
         block = m.width * (2 * value + 4 * low) + math.ceil(rows * (2 * m.width + (gate - 1) * m.expert_hidden) * low)
         per_token = router.draws * ((m.width * value * m.layers if m.recompute else block * m.layers) + block)
-        return cls(m.experts, m.pool_layers * router.expected_rows_per_token(), tuple(moe), t.batch // t.accumulate, t.accumulate,
-                   config.data.sequence_length, m.expert_hidden, gate * m.width * m.expert_hidden * value, dense * value,
-                   per_token, m.width * low, iterations=m.pool_layers * router.iterations)
+        return cls(m.experts, m.pool_layers * router.expected_rows_per_token(), tuple(moe), t.batch // t.accumulate,
+                   t.accumulate, config.data.sequence_length, m.expert_hidden,
+                   gate * m.width * m.expert_hidden * value, dense * value, per_token, m.width * low,
+                   iterations=m.pool_layers * router.iterations)
 
     def compressed(self, forms: Mapping[int, Mapping[int, ExpertForm]], value_bytes: int) -> "Sizes":
         """With experts as they are stored now.

@@ -81,7 +81,7 @@ class MoELayer(nn.Module):
         self.router, self.shared, self.meter = router, shared, meter
         self.watch: Watch | None = None
         self.restored: int | None = None
-        self._others: tuple[Router, ...] = ()  # of blocks that share the experts; hidden from nn.Module, they are those blocks'
+        self._others: tuple[Router, ...] = ()  # of blocks that share the experts, whose submodules they are
         self.place(bank, dispatcher)
 
     def place(self, bank: Bank, dispatcher: AnyDispatcher) -> None:

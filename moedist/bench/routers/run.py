@@ -71,7 +71,7 @@ def bench_routers(variants: Sequence[str] | None = None, quick: bool = False, se
     variants = list(dict.fromkeys(variants or default_variants()))
     with tempfile.TemporaryDirectory(prefix="bench-routers-") if out is None else nullcontext(out) as folder:
         for variant in variants:
-            config = config_of(budget, variant, 0, str(folder), overrides)  # refuses what is unknown before anything is trained
+            config = config_of(budget, variant, 0, str(folder), overrides)  # what is unknown is refused first
             options_of(ROUTERS[config.router.name], config.router)
         base = base_config(budget, str(folder), overrides)
         digest = prepare_corpus(base.data).digest
