@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
@@ -140,7 +141,7 @@ def _done(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, dict[str, An
         finally:
             torch.set_num_threads(threads)
         return
-    pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread)
+    pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
     try:
         started: dict[Future, Job] = {pool.submit(do, job): job for job in jobs}
         for future in as_completed(started):
@@ -150,6 +151,17 @@ def _done(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, dict[str, An
                            "the same command goes on from what was done, with --workers 1 one at a time") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """One thread for what is computed, and no worker that goes on when the command is gone (killed, it cannot say so)."""
+    _one_thread()
+    threading.Thread(target=_end_with_parent, daemon=True, name="parent").start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _one_thread() -> None:

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from moedist.cli import main
 from moedist.config import check_config
 from moedist.coordinator import written_plan
 from moedist.errors import ConfigError, MoedistError
+from moedist.faults import is_alive
 from moedist.phases.train import train_step
 from moedist.routing import ROUTERS, check_router
 from moedist.trainer import build_run
 from moedist.world import World
+from tests.launching import start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.expert_hidden=8", "data.tokenizer=byte",
@@ -104,6 +108,26 @@ def test_a_bench_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
         run(tmp_path / "out", steps=6)
     with pytest.raises(MoedistError, match="config.model.top_k was 2, is 1"):
         run(tmp_path / "out", more=["model.top_k=1"])
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="children are found in /proc")
+def test_no_worker_outlives_the_command(tmp_path, cache):
+    command = start(1, cache, "bench", "routers", "--quick", "--workers", "2", "--steps", "100000", "--out",
+                    str(tmp_path / "out"), "--routers", ",".join(TWO), *SMALL)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / "out" / "runs").glob("*-seed0-*"))) < 2 and time.monotonic() < deadline:
+            assert command.poll() is None
+            time.sleep(0.1)
+        workers = [int(pid) for pid in Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()]
+    finally:
+        command.kill()  # no word of farewell
+        command.wait()
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 30
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_alive, workers))
 
 
 def test_an_unknown_option_is_refused_before_anything_is_trained(tmp_path):
