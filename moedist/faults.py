@@ -67,6 +67,8 @@ class Watch:
             self._lifeline.done()
         try:
             self._answer()
+            if self._keeps_store:
+                self._await_all()
         except RuntimeError:  # the store has gone before, as it should
             pass
 
@@ -104,6 +106,12 @@ class Watch:
             self._store.set("told", "")
         except RuntimeError:
             pass
+
+    def _await_all(self) -> None:
+        """Keep the store until all others need it no more: torch prints a stack trace where it is gone."""
+        deadline = time.monotonic() + LINGER_S
+        while self._store.add("here", 0) < len(self.peers) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _await_told(self) -> None:
         """Leave the rank that speaks its time: as soon as another has ended, mpirun ends it as well."""

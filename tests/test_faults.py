@@ -131,9 +131,14 @@ def test_the_same_error_of_all_ranks_is_told_once_and_names_none(tmp_path, cache
 
 
 def start_plain(cache, size: int, *arguments: str) -> list[subprocess.Popen]:
-    """Ranks without a launcher that would end the others; rank 0 keeps the store."""
+    """`moedist` on ranks without a launcher that would end the others; rank 0 keeps the store."""
+    return start_ranks(cache, size, "-m", "moedist", *arguments)
+
+
+def start_ranks(cache, size: int, *arguments: str) -> list[subprocess.Popen]:
+    """The same for any Python."""
     port = free_port()
-    return [subprocess.Popen([sys.executable, "-m", "moedist", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+    return [subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True,
                              env={**environment(cache), "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
                                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(size)]
@@ -150,6 +155,17 @@ def test_without_a_launcher_the_others_end_by_themselves(tmp_path, cache, rank):
     assert time.monotonic() - since < MOST_S and all(p.returncode for p in processes)
     (line,) = our_errors(out)
     assert f"lost rank {rank} on {os.uname().nodename} (process {processes[rank].pid}): killed" in line
+
+
+def test_a_good_end_leaves_no_stack_trace_of_torch_on_ranks_that_end_later(cache):
+    """Rank 0 keeps the store."""
+    script = ("import time; from moedist.config import WorldConfig; from moedist.world import World, leave_process\n"
+              "with World.start(WorldConfig(transport='torchdist')) as world:\n"
+              "    world.barrier()\n"
+              "    time.sleep(0.5 * world.rank)\n"
+              "leave_process()")
+    processes = start_ranks(cache, 3, "-c", script)
+    assert [(output_of(p, MOST_S), p.returncode) for p in processes] == [("", 0)] * 3
 
 
 def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path, cache):
