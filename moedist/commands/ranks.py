@@ -31,7 +31,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     probe.add_argument("--json", help="write what was measured of every rank (or link) to this file")
 
     plan = add_command(commands, "plan", "show a placement and why, for this machine or a cluster that is not here", _plan,
-                       EXAMPLES["plan"])
+                       EXAMPLES["plan"], _kinds_help)
     plan.add_argument("config", help="YAML file")
     plan.add_argument("overrides", nargs="*", help="section.key=value")
     plan.add_argument("--cluster", metavar="YAML",
@@ -40,6 +40,12 @@ def add(commands: argparse._SubParsersAction) -> None:
                       help="expert i gets rows in proportion to (i + 1)^-S (default 0.6; 0: all alike)")
     plan.add_argument("--run", help="take the loads of this run's newest checkpoint instead")
     plan.add_argument("--json", help="write the plan and the predictions to this file")
+
+
+def _kinds_help() -> str:
+    from moedist.config import describe_fields
+    from moedist.coordinator.cluster_file import Kind
+    return f"\nkeys of each of the kinds of a cluster file:\n{describe_fields(Kind)}\n"
 
 
 def _probe(args: argparse.Namespace) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Sequence
 
-from moedist.config import key, load_dataclass
+from moedist.config import FileKind, key, load_dataclass
 from moedist.coordinator.facts import RankFacts
 from moedist.errors import ConfigError
 
-
+CLUSTER = FileKind("a cluster file", "configs/clusters/mixed.yaml", "moedist plan --help")
 NEEDED = ("ranks", "ranks_per_node", "expert_rows_per_s", "dense_tokens_per_s", "memory_gib")
 ALIKE = 0.25  # ranks of one device whose speeds differ by less are of one kind
 
@@ -50,7 +50,7 @@ def read_cluster(path: str | Path) -> list[Kind]:
         ConfigError: the file is missing or has an unknown key, a kind lacks its ranks, speeds or memory, or two kinds
             have one name.
     """
-    kinds = load_dataclass(ClusterFile, path).kinds
+    kinds = load_dataclass(ClusterFile, path, kind=CLUSTER).kinds
     if not kinds:
         raise ConfigError(f"{path} describes no ranks; list them under kinds:, see configs/clusters/mixed.yaml")
     for i, kind in enumerate(kinds):
