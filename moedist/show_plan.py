@@ -23,8 +23,8 @@ from moedist.coordinator.sizes import likely_vocab
 from moedist.coordinator.speeds import Speeds
 from moedist.dispatch import build_transport
 from moedist.errors import CheckpointError, ConfigError
-from moedist.monitor.table import table
 from moedist.placement import Plan, rank_loads, split_batch
+from moedist.text_table import table
 from moedist.world import World
 
 FAR = 1.1  # times the bound, from which on copies are worth a hint

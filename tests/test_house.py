@@ -8,7 +8,7 @@ ROOMS = ["__main__", "cli", "commands", "submit", "compressing", "huggingface", 
          "inspect_run", "inspect_routing", "show_probe", "show_links", "show_plan", "report", "decoding", "phases",
          "coordinator", "links", "neurons", "traces", "monitor", "checkpoint", "engine", "data", "offload", "model",
          "dispatch", "compress", "routing", "placement", "world", "islands", "timing", "guard", "rendezvous", "faults", "mpi",
-         "liveness", "milestones", "run_folder", "config", "errors"]  # top to bottom
+         "liveness", "milestones", "run_folder", "text_table", "config", "errors"]  # top to bottom
 PURE = ["compress", "routing", "placement"]  # no process groups, no files
 
 

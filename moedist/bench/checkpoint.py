@@ -27,7 +27,7 @@ from moedist.dispatch import build_transport
 from moedist.engine import build_engine
 from moedist.errors import CheckpointError
 from moedist.model import Batch, Transformer
-from moedist.monitor.table import table
+from moedist.text_table import table
 from moedist.world import World
 
 CONFIG: dict[str, Any] = {

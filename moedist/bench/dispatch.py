@@ -27,9 +27,9 @@ from moedist.bench.split_islands import split_in_two
 from moedist.config import WorldConfig
 from moedist.dispatch import TorchDistTransport, Transport, build_transport
 from moedist.errors import MoedistError
-from moedist.monitor.table import table
 from moedist.mpi import mpirun
 from moedist.rendezvous.launch import find_launch
+from moedist.text_table import table
 from moedist.world import World
 
 SIZES = {"4KiB": 2**12, "64KiB": 2**16, "1MiB": 2**20, "16MiB": 2**24}  # that a rank sends, over all others

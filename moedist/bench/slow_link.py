@@ -18,8 +18,8 @@ from moedist.bench.sides import Side
 from moedist.config import config_from_dict
 from moedist.coordinator import written_plan
 from moedist.errors import MoedistError
-from moedist.monitor.table import table
 from moedist.rendezvous.launch import find_launch
+from moedist.text_table import table
 from moedist.trainer import build_run
 from moedist.world import World
 

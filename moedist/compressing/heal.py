@@ -16,11 +16,11 @@ from moedist.checkpoint import RunFolder, read_meta
 from moedist.compressing.sweep import parse_variant
 from moedist.config import CompressConfig, Config, check_config, compress_options, for_ranks
 from moedist.coordinator import equal_plan
-from moedist.monitor.table import table
 from moedist.phases import Run
 from moedist.phases.compress import compress_experts
 from moedist.phases.evaluation import held_out_loss
 from moedist.phases.train import train_step
+from moedist.text_table import table
 from moedist.trainer import build_run
 from moedist.world import World, find_launch
 

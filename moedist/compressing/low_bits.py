@@ -15,12 +15,12 @@ from moedist.config import Config, LowBitConfig, check_config, for_ranks, to_yam
 from moedist.data import EvalStream, TrainStream, prepare_corpus
 from moedist.errors import CompressError
 from moedist.model import Transformer
-from moedist.monitor.table import table
 from moedist.phases.calibrate import Calibrations, Source, watch_experts
 from moedist.phases.evaluation import held_out_loss
 from moedist.phases.lowbit import LowSummary, low_banks, lower_experts, put_banks, refuse_factored
 from moedist.phases.restore import OpenedRun, open_run
 from moedist.phases.run import DTYPES
+from moedist.text_table import table
 from moedist.world import World, find_launch
 
 HALF = 2  # bytes of a number in 16 bits, that savings are told against

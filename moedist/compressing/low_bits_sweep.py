@@ -16,13 +16,13 @@ from moedist.compressing.sweep import parse_options
 from moedist.config import check_config, for_ranks
 from moedist.data import EvalStream, prepare_corpus
 from moedist.errors import CompressError, DataError
-from moedist.monitor.table import table
 from moedist.phases.calibrate import Calibrations
 from moedist.phases.evaluation import held_out_loss
 from moedist.phases.lowbit import Known, low_banks, lower_experts, put_banks, refuse_factored
 from moedist.phases.moved import counting
 from moedist.phases.restore import OpenedRun, open_run
 from moedist.phases.run import DTYPES
+from moedist.text_table import table
 from moedist.world import World, find_launch
 
 VARIANTS = ("bits=4", "bits=3", "bits=3+budget=3.75", "bits=3+budget=3.75+top_n=1", "bits=2", "bits=2+budget=2.75",

@@ -17,13 +17,13 @@ from moedist.config import OffloadConfig, check_config, for_ranks
 from moedist.data import EvalStream, prepare_corpus
 from moedist.errors import ConfigError
 from moedist.model import Bank, Batch, Transformer
-from moedist.monitor.table import table
 from moedist.offload import Offloaded, offload
 from moedist.offload.pieces import Piece, pieces_of
 from moedist.phases.evaluation import EVAL_SEED
 from moedist.phases.lowbit import Known, low_banks, lower_experts, put_banks, refuse_factored
 from moedist.phases.restore import OpenedRun, open_run
 from moedist.phases.run import DTYPES
+from moedist.text_table import table
 from moedist.world import World, find_launch
 
 WHOLE = "16 bits"

@@ -25,12 +25,12 @@ from moedist.data import EvalStream, TrainStream, prepare_corpus
 from moedist.errors import CompressError, DataError
 from moedist.model import Transformer
 from moedist.model.forms import ExpertForm
-from moedist.monitor.table import table
 from moedist.phases.calibrate import Calibrations, Source, dense_expert, watch_experts
 from moedist.phases.evaluation import held_out_loss
 from moedist.phases.restore import open_run
 from moedist.phases.run import DTYPES
 from moedist.phases.shrink import all_or_none, merged
+from moedist.text_table import table
 from moedist.world import World, find_launch
 
 RATIOS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -6,7 +6,7 @@ from typing import Iterable, Sequence
 
 from moedist.coordinator.cluster_file import alike
 from moedist.coordinator.facts import RankFacts
-from moedist.monitor.table import table
+from moedist.text_table import table
 
 MOST_LINES = 32  # beyond, ranks are shown kind by kind
 

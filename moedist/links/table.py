@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Sequence
 
 from moedist.links.facts import LinkFacts, speed_text
-from moedist.monitor.table import table
+from moedist.text_table import table
 
 
 def describe(facts: Sequence[LinkFacts], islands: Sequence[str], hosts: Sequence[str]) -> str:

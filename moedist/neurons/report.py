@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Iterable
 
-from moedist.monitor.table import table
 from moedist.neurons.facts import OVERLAPS
+from moedist.text_table import table
 
 WORDS, DIMENSIONS = 3, 2  # of each neuron; the JSON has more
 LONGEST = 16  # characters of a token

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch.profiler import ProfilerActivity, profile
 
 from moedist.config import profile_steps
-from moedist.monitor.table import table
+from moedist.text_table import table
 from moedist.timing import REGIONS, name_regions
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import Mapping, Sequence
 from moedist.errors import ConfigError
 from moedist.submit.job_folder import JobFolder, Member
 from moedist.submit.queue import Queued, ask_slurm, queued
+from moedist.text_table import table
 
 ENDED = ("DONE", "GIVEN UP", "CANCELLED", "FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "COMPLETED", "GONE")
 WORDS = {"done": "DONE", "given up": "GIVEN UP", "cancelled": "CANCELLED"}  # outcomes after which nothing comes
@@ -64,7 +65,6 @@ def state_of(member: Member, queue: Mapping[str, Queued]) -> str:
 
 def show_jobs(root: str | Path, names: Sequence[str] = ()) -> str:
     """A table of jobs: state, step, newest checkpoint, loss, kinds of nodes."""
-    from moedist.monitor.table import table  # brings torch, which cancelling does not wait for
     trainings = [find_trainings(name, root)[1] for name in names] or [folder.members() for folder in job_folders(root)]
     if not trainings:
         return f"no jobs in {Path(root) / 'jobs'}; moedist submit CONFIG --cluster PROFILE makes one"

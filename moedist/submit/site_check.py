@@ -13,6 +13,7 @@ from moedist.submit.follow import follow
 from moedist.submit.job_folder import JobFolder
 from moedist.submit.profile import Profile, read_profile
 from moedist.submit.submit import Request, resize, submit
+from moedist.text_table import table
 
 LIMIT = "2:00"  # a check takes seconds, but torch may be imported from a file system that nobody has read yet
 SLOW_SKEW_S = 2.0
@@ -134,7 +135,6 @@ def _remarks(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(found: Sequence[Mapping[str, Any]]) -> str:
-    from moedist.monitor.table import table  # brings torch
     rows = []
     for facts in found:
         versions = dict(facts["versions"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moedist.monitor.table import table
+from moedist.text_table import table
 
 Facts = dict[str, Any]
 
