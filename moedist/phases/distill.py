@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import torch
 
 from moedist.config import CompressConfig
-from moedist.engine import replace_experts
+from moedist.engine import AdamW, replace_experts
 from moedist.model import Bank
 from moedist.phases.calibrate import Source, primaries_only, watching
 from moedist.phases.run import Run
@@ -57,7 +57,7 @@ class _Pupil:
 
     def __init__(self, bank: Bank, lr: float):
         self.bank, self.lr = bank, lr
-        self.optimizer = torch.optim.AdamW(bank.parameters(), lr=lr, weight_decay=0.0)
+        self.optimizer = AdamW(bank.parameters(), lr=lr, weight_decay=0.0)
 
     def at(self, part: float) -> None:
         self.optimizer.param_groups[0]["lr"] = self.lr * part
@@ -70,6 +70,7 @@ class _Pupil:
             error = (self.bank(rows_RD.detach(), counts).float() - y_RD.detach().float()).square().sum()
             (error / y_RD.numel()).backward()
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        for weight in self.bank.parameters():
+            weight.grad = None
         self.error, self.values = self.error + error.item(), self.values + y_RD.numel()
         return y_RD
