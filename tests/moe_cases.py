@@ -39,6 +39,7 @@ class Case:
     activation: str = "swiglu"
     capacity_factor: float | None = None
     bias: tuple[float, ...] = ()
+    bias_in: str = "choice"
     seed: int = 0
     shared: int = 0
     training: bool = True
@@ -121,7 +122,7 @@ def build_layer(world: World, case: Case, device: str = "cpu", dtype: torch.dtyp
     bank = build_bank(0, layout.local_experts, list(forms_of(stored).values()), case.width, case.activation, device, dtype)
     fill(bank, stored)
     config = RouterConfig(name=case.router, balance_loss=0.7, z_loss=0.3, capacity_factor=case.capacity_factor,
-                          bias_rate=0.1 if case.bias else 0.0, options=dict(case.options))
+                          bias_rate=0.1 if case.bias else 0.0, bias_in=case.bias_in, options=dict(case.options))
     router = build_router(case.width, experts, case.top_k, config, case.sequence)
     shared = FeedForward(case.width, case.shared, case.activation) if case.shared else None
     transport = build_transport(on_islands(world, case.islands))

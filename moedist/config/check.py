@@ -21,6 +21,7 @@ CHOICES = {
     "router.name": ROUTERS,
     "router.balance_to": ("equal", "speed"),
     "router.bias_rule": ("sign", "proportional"),
+    "router.bias_in": ("choice", "logits"),
     "train.dtype": ("float32", "bfloat16", "float16", "float64"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.optimizer": ("adamw", "sgd"),
@@ -227,6 +228,9 @@ def _check_model(config: Config) -> None:
     if r.balance_to == "speed" and not r.balance_loss and not r.bias_rate and r.name not in WITH_OWN_BIAS:
         raise ConfigError("router.balance_to=speed says what to balance to, but router.balance_loss and router.bias_rate are "
                           "both 0, so nothing balances; set router.bias_rate=0.001")
+    if r.bias_in == "logits" and not r.bias_rate:
+        raise ConfigError("router.bias_in=logits says where a bias counts, but router.bias_rate is 0, so there is none; set "
+                          "router.bias_rate=0.05 or router.bias_in=choice")
     if r.bias_rate and r.name not in WITH_BIAS:
         own = " (its own is update_rate in router.options)" if r.name in WITH_OWN_BIAS else ""
         raise ConfigError(f"router.bias_rate={r.bias_rate} works with router.name={', '.join(WITH_BIAS)}, not {r.name}; set "

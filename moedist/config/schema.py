@@ -108,6 +108,8 @@ class RouterConfig:
     bias_rule: str = key("sign", "how far the bias of an expert moves in a step: sign (bias_rate, whatever is missing) or "
                                  "proportional (bias_rate times what is missing of its rows, at most bias_rate: it settles "
                                  "nearer, and bears a larger rate)")
+    bias_in: str = key("choice", "where the bias counts: choice (added to the scores that choose experts, not to weights) or "
+                                 "logits (added to the logits, so in weights too; steps of 0.05)")
     balance_to: str = key("equal", "what the bias or the balance loss aims at: equal (loads of all experts) or speed (loads "
                                    "of ranks in proportion to their speed, which is measured or placement.speeds)")
     capacity_factor: Optional[float] = key(None, "rows an expert takes of one sequence, over the even share; "

@@ -21,7 +21,8 @@ from moedist.huggingface.upcycle import Upcycle
 from moedist.trainer import MODEL_MAY_CHANGE, build_run
 from moedist.world import World, find_launch
 
-ROUTER_MAY_CHANGE = ("balance_loss", "z_loss", "bias_rate", "capacity_factor")  # what routes as imported at step 0
+# what routes as imported at step 0
+ROUTER_MAY_CHANGE = ("balance_loss", "z_loss", "bias_rate", "bias_rule", "bias_in", "capacity_factor")
 
 
 def import_run(path_or_name: str, name: str | None = None, folder: str = "runs", overrides: Sequence[str] = (),

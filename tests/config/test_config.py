@@ -55,6 +55,7 @@ def test_bad_value_is_one_line(override):
     (["router.name=switch"], ["top_k is 2"]),
     (["router.name=shared_expert"], ["shared_experts is 0"]),
     (["router.name=hash", "router.bias_rate=0.1"], ["bias_rate"]),
+    (["router.bias_in=logits"], ["router.bias_rate is 0", "router.bias_rate=0.05"]),
     (["router.name=soft_moe", "router.capacity_factor=0"], ["capacity_factor"]),
     (["train.batch=0"], ["train.batch is 0"]),
     (["model.dropout=1.0"], ["dropout"]),

@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moedist.config.check import CHOICES, WITH_BIAS
 from moedist.routing import ROUTERS
 from tests.moe_cases import Case, run_case
 from tests.ranks import run_ranks
@@ -12,6 +13,7 @@ from tests.routing.settings import fitting_options
 
 TRANSPORTS = ("torchdist", "mpi")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+BIAS_IN = CHOICES["router.bias_in"]
 FORMS = ("dense", "interp", "two", "cur", "interp dense two")
 
 
@@ -54,12 +56,14 @@ def cases(draw, router: str) -> Case:
     parts = [draw(st.lists(st.integers(0, 4), min_size=len(o), max_size=len(o)).filter(any)) if isinstance(o, tuple) else [1]
              for o in owners]
     shares = tuple(tuple(p / sum(ps) for p in ps) for ps in parts)
+    biases = st.lists(st.floats(-0.5, 0.5), min_size=experts, max_size=experts).map(tuple)
+    bias = draw(st.one_of(st.just(()), biases)) if router in WITH_BIAS else ()
     return Case(tuple(owners), tuple(sequences), router, top_k, sequence=draw(st.integers(1, 7)), widths=tuple(widths),
                 activation=draw(st.sampled_from(["swiglu", "gelu"])),
                 options=tuple(fitting_options(router, experts, top_k).items()),
                 capacity_factor=draw(st.sampled_from([None, 0.5, 1.0])), seed=draw(st.integers(0, 1000)),
                 shared=3 if router in ("shared_expert", "deepseek_moe") else 0, training=draw(st.booleans()),
-                shares=shares, kinds=tuple(kinds))
+                shares=shares, kinds=tuple(kinds), bias=bias, bias_in=draw(st.sampled_from(BIAS_IN)) if bias else "choice")
 
 
 # all that differs for a transport: whether tokens go to as many experts, to any number, to none, or are mixed

@@ -35,9 +35,10 @@ def test_the_gradient_moves_no_logit_at_the_targets():
     assert bool((logits.grad[:2] < 0).all()) and bool((logits.grad[3:] > 0).all()), "down the gradient: more for the first"
 
 
-@pytest.mark.parametrize("rule, rate", [("sign", 0.004), ("proportional", 0.02)])
-def test_the_bias_brings_loads_to_the_targets(rule, rate):
-    r = build_router(6, E, 2, RouterConfig(bias_rate=rate, bias_rule=rule, balance_to="speed"), 64).double()
+@pytest.mark.parametrize("where, rule, rate", [("choice", "sign", 0.004), ("choice", "proportional", 0.02),
+                                               ("logits", "sign", 0.02), ("logits", "proportional", 0.1)])
+def test_the_bias_brings_loads_to_the_targets(where, rule, rate):
+    r = build_router(6, E, 2, RouterConfig(bias_rate=rate, bias_rule=rule, bias_in=where, balance_to="speed"), 64).double()
     with torch.no_grad():
         r.weight.copy_(torch.randn(r.weight.shape, generator=torch.Generator().manual_seed(1)) / 2)
     r.targets_E = Q

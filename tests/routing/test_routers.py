@@ -59,9 +59,12 @@ def test_empty_batch(name, capacity_factor):
     assert len(a.token_ids_N) == 0 and int(a.demand_E.sum()) == 0
 
 
-@pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"random", "hash", "thor"}))
-def test_gradients_match_finite_differences(name, one_thread):
-    r = router(name)
+@pytest.mark.parametrize("name, bias", [*((name, {}) for name in sorted(set(ROUTERS) - {"random", "hash", "thor"})),
+                                        ("topk", {"bias_rate": 0.1, "bias_in": "logits"})])
+def test_gradients_match_finite_differences(name, bias, one_thread):
+    r = router(name, **bias)
+    if bias:
+        r.bias.copy_(torch.linspace(-1, 1, E))
     x = inputs().x_GSD[:2, :5].clone().requires_grad_()
     ids, keys = torch.zeros(2, 5, dtype=torch.int64), torch.arange(10).view(2, 5)
 
@@ -194,8 +197,9 @@ def test_balance_loss_is_one_when_balanced_and_counts_all_ranks():
     assert balance_loss_sum(probs, torch.zeros(E, dtype=torch.int64)).item() == 0
 
 
-def test_bias_evens_out_loads():
-    r = router("topk", bias_rate=0.01)
+@pytest.mark.parametrize("where, rate", [("choice", 0.01), ("logits", 0.05)])
+def test_bias_evens_out_loads(where, rate):
+    r = router("topk", bias_rate=rate, bias_in=where)
     x = inputs().x_GSD + 0.7 * r.weight[0].detach()  # a batch that likes expert 0
     loads = []
     for _ in range(300):
@@ -203,8 +207,9 @@ def test_bias_evens_out_loads():
         r.after_step(loads[-1])
     spread = [(load.max() - load.min()).item() for load in (loads[0], loads[-1])]
     assert spread[0] > 10 and spread[1] <= spread[0] / 2
-    # the weights come from the unbiased scores
-    probs = (inputs().x_GSD.flatten(0, 1) @ r.weight.t()).softmax(-1)
+    # the weights come from the unbiased scores, or those with the bias
+    logits = inputs().x_GSD.flatten(0, 1) @ r.weight.t()
+    probs = (logits + r.bias if where == "logits" else logits).softmax(-1)
     a = r(inputs())
     chosen = probs.gather(1, a.expert_ids_N.view(-1, 2))
     torch.testing.assert_close(a.weights_N.view(-1, 2), chosen / chosen.sum(-1, keepdim=True))
