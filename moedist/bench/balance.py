@@ -1,9 +1,9 @@
-"""Balancing without moving experts: by a loss, by a bias to equal loads, and by a bias to the ranks' speeds.
+"""Balancing without moving experts: by a loss, with a bias to equal loads, and with both to the ranks' speeds.
 
 Four ranks of speeds 4 : 2 : 1 : 1 have as many experts each. Three trainings start from the same weights and go through the
-same text side by side, some steps of each in turn: `loss` (the balance loss alone), `bias` (the bias alone, equal loads) and
-`speed` (the bias, loads in proportion to speed). First at full speed, for the loads, which are counted, and the perplexity;
-then slowed down by sleeping in proportion to what is computed, for the time.
+same text side by side, some steps of each in turn: `loss` (the balance loss alone), `bias` (a bias beside it, equal loads) and
+`speed` (the same, where both aim at loads in proportion to speed). First at full speed, for the loads, which are counted, and
+the perplexity; then slowed down by sleeping in proportion to what is computed, for the time.
 """
 
 from __future__ import annotations
@@ -27,33 +27,36 @@ from moedist.world import World, find_launch
 
 SPEEDS = (4.0, 2.0, 1.0, 1.0)
 SLOWDOWN = (4.0, 8.0, 16.0, 16.0)  # the fastest is slowed too: four ranks together then need less than two cores
-BIAS = ["router.balance_loss=0", "router.bias_rate={rate}", "router.bias_rule=proportional"]
-SIDES = {"loss": ["router.balance_loss=0.01"], "bias": BIAS, "speed": [*BIAS, "router.balance_to=speed"]}
+BIAS = ["router.bias_rate={rate}", "router.bias_rule=proportional"]
+SIDES = {"loss": [], "bias": BIAS, "speed": [*BIAS, "router.balance_to=speed"]}
 CONFIG: dict[str, Any] = {
     "name": "balance", "data": {"tokenizer": "byte", "sequence_length": 64, "max_documents": 600},
     "model": {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "experts": 16, "top_k": 2, "expert_hidden": 128},
     "train": {"batch": 96, "lr": 2e-3, "warmup_steps": 20, "eval_every": 0, "eval_tokens": 65536},
-    "placement": {"counts": [4, 4, 4, 4], "speeds": list(SPEEDS), "replan_every": 50},
+    "router": {"balance_loss": 0.01}, "placement": {"counts": [4, 4, 4, 4], "speeds": list(SPEEDS), "replan_every": 50},
     "world": {"device": "cpu"}, "monitor": {"wandb": "disabled", "output": "quiet"}, "checkpoint": {"every": 0},
 }
+PREFIX = "balance.4211."
 BLOCK = 5  # steps of one training before the next goes on
 LAST = 50  # steps at full speed whose loads are looked at
 
 
-def bench_balance(steps: int, timed: int, rate: float, json_path: str | None, seeds: Sequence[int] = (0,)) -> dict[str, float]:
+def bench_balance(steps: int, timed: int, rate: float, json_path: str | None, seeds: Sequence[int] = (0,),
+                  overrides: Sequence[str] = ()) -> dict[str, float]:
     """Measure and print; starts its four ranks itself unless it runs under a launcher.
 
     Args:
         steps: of each training at full speed; timed: slowed down, after that, of `bias` and `speed` alone.
         rate: `router.bias_rate` of both.
         seeds: of the weights and the order of the text; figures are means over them.
+        overrides: of `bias` and `speed`, such as `router.balance_loss=0`.
 
     Raises:
         MoedistError: started on a number of ranks other than one or four, or a rank failed.
     """
     size = find_launch().size
     if size == 1:
-        return _start_ranks(steps, timed, rate, json_path, seeds)
+        return _start_ranks(steps, timed, rate, json_path, seeds, overrides)
     if size != len(SPEEDS):
         raise MoedistError(f"bench balance plays {len(SPEEDS)} ranks but was started on {size}; start it on one, it starts "
                            "the others itself")
@@ -62,15 +65,18 @@ def bench_balance(steps: int, timed: int, rate: float, json_path: str | None, se
     with World.start(config_from_dict(CONFIG, [slowdown]).world) as world, tempfile.TemporaryDirectory() as folder:
         folder = world.broadcast_object(folder)
         for seed in seeds:
-            sides = {name: Side(_build(world, f"{folder}/{seed}", name, [one.format(rate=rate) for one in of], steps + timed,
-                                       seed)) for name, of in SIDES.items()}
+            sides = {}
+            for name, of in SIDES.items():
+                own = [*(one.format(rate=rate) for one in of), *(overrides if of else ())]
+                sides[name] = Side(_build(world, f"{folder}/{seed}", name, own, steps + timed, seed))
             found.append(_one_seed(world, sides, steps, timed if seed == seeds[-1] else 0))
-        figures = {f"balance.4211.{name}": statistics.mean(of[name] for of in found if name in of) for name in found[-1]}
+        figures = {PREFIX + name: statistics.mean(of[name] for of in found if name in of) for name in found[-1]}
         if world.is_main:
             print(f"\nranks of speeds {SPEEDS} with 4 of 16 experts each, {steps} steps, seeds {list(seeds)}, bias rate "
-                  f"{rate:g}; loads of the last {LAST} steps")
+                  f"{rate:g}{''.join(f', {one}' for one in overrides)}; loads of the last {LAST} steps")
             for name, value in figures.items():
-                print(f"  {name} {value:.4g}")
+                each = [of[name.removeprefix(PREFIX)] for of in found if name.removeprefix(PREFIX) in of]
+                print(f"  {name} {value:.4g}" + (f"  ({', '.join(f'{one:.4g}' for one in each)})" if len(each) > 1 else ""))
             write_figures(figures, json_path)
         return figures
 
@@ -135,10 +141,12 @@ def _build(world: World, folder: str, name: str, overrides: list[str], length: i
     return build_run(config, world, written_plan(config, world.size, None)[0])
 
 
-def _start_ranks(steps: int, timed: int, rate: float, json_path: str | None, seeds: Sequence[int]) -> dict[str, float]:
+def _start_ranks(steps: int, timed: int, rate: float, json_path: str | None, seeds: Sequence[int],
+                 overrides: Sequence[str]) -> dict[str, float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-               "--nproc-per-node", str(len(SPEEDS)), "-m", "moedist", "bench", "balance", "--steps", str(steps), "--timed",
-               str(timed), "--rate", str(rate), "--seeds", *map(str, seeds), *(["--json", json_path] if json_path else [])]
+               "--nproc-per-node", str(len(SPEEDS)), "-m", "moedist", "bench", "balance", *overrides, "--steps", str(steps),
+               "--timed", str(timed), "--rate", str(rate), "--seeds", *map(str, seeds),
+               *(["--json", json_path] if json_path else [])]
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise MoedistError(f"the ranks ended with exit code {done.returncode}; what they said stands above")

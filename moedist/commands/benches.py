@@ -9,7 +9,8 @@ from moedist.commands.parsing import add_command, not_negative, positive
 EXAMPLES = {
     "bench layer": "example:\n  moedist bench layer --shapes fine --dtypes fp32 --json layer.json\n"
                    "  moedist bench layer --compressed --json compressed.json\n",
-    "bench balance": "example:\n  moedist bench balance --json balance.json\n",
+    "bench balance": "examples:\n  moedist bench balance --json balance.json\n"
+                     "  moedist bench balance router.balance_loss=0 --timed 0 --seeds 0 1 2\n",
     "bench hetero": "example:\n  moedist bench hetero --json hetero.json\n",
     "bench checkpoint": "example:\n  moedist bench checkpoint --json checkpoint.json\n"
                         "  torchrun --nproc-per-node 2 -m moedist bench checkpoint --folder /scratch\n",
@@ -40,8 +41,9 @@ def add(commands: argparse._SubParsersAction) -> None:
                        help="instead: the experts of the coarse shape compressed at 70 %% against the same uncompressed")
     layer.add_argument("--json", help="write the figures to this file")
 
-    balance = add_command(bench, "balance", "balancing by a loss, by a bias, and by a bias to the ranks' speeds",
+    balance = add_command(bench, "balance", "balancing by a loss, with a bias, and to the ranks' speeds",
                           _bench_balance, EXAMPLES["bench balance"])
+    balance.add_argument("overrides", nargs="*", help="section.key=value of the two that have a bias")
     balance.add_argument("--steps", type=positive(int), default=800, help="of each training at full speed (default 800)")
     balance.add_argument("--timed", type=not_negative(int), default=20, help="slowed down, after that (default 20)")
     balance.add_argument("--rate", type=float, default=0.003, help="router.bias_rate (default 0.003)")
@@ -127,7 +129,7 @@ def _bench_layer(args: argparse.Namespace) -> None:
 
 def _bench_balance(args: argparse.Namespace) -> None:
     from moedist.bench.balance import bench_balance
-    bench_balance(args.steps, args.timed, args.rate, args.json, args.seeds)
+    bench_balance(args.steps, args.timed, args.rate, args.json, args.seeds, args.overrides)
 
 
 def _bench_hetero(args: argparse.Namespace) -> None:
