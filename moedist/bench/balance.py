@@ -70,6 +70,8 @@ def bench_balance(steps: int, timed: int, rate: float, json_path: str | None, se
                 own = [*(one.format(rate=rate) for one in of), *(overrides if of else ())]
                 sides[name] = Side(_build(world, f"{folder}/{seed}", name, own, steps + timed, seed))
             found.append(_one_seed(world, sides, steps, timed if seed == seeds[-1] else 0))
+            world.say(f"seed {seed} of {list(seeds)}: " + ", ".join(f"{name} {value:.4g}" for name, value in found[-1].items()
+                                                                    if "over" in name))
         figures = {PREFIX + name: statistics.mean(of[name] for of in found if name in of) for name in found[-1]}
         if world.is_main:
             print(f"\nranks of speeds {SPEEDS} with 4 of 16 experts each, {steps} steps, seeds {list(seeds)}, bias rate "
