@@ -17,10 +17,9 @@ from typing import Any, Sequence
 from moedist.bench.figures import write_figures
 from moedist.bench.hetero import expert_over_bound
 from moedist.bench.sides import Side
-from moedist.config import config_from_dict
+from moedist.config import Config, check_config, config_from_dict
 from moedist.coordinator import written_plan
 from moedist.errors import MoedistError
-from moedist.phases import Run
 from moedist.phases.train import StepReport, evaluate
 from moedist.trainer import build_run
 from moedist.world import World, find_launch
@@ -36,7 +35,6 @@ CONFIG: dict[str, Any] = {
     "router": {"balance_loss": 0.01}, "placement": {"counts": [4, 4, 4, 4], "speeds": list(SPEEDS), "replan_every": 50},
     "world": {"device": "cpu"}, "monitor": {"wandb": "disabled", "output": "quiet"}, "checkpoint": {"every": 0},
 }
-PREFIX = "balance.4211."
 BLOCK = 5  # steps of one training before the next goes on
 LAST = 50  # steps at full speed whose loads are looked at
 
@@ -53,8 +51,10 @@ def bench_balance(steps: int, timed: int, rate: float, json_path: str | None, se
 
     Raises:
         MoedistError: started on a number of ranks other than one or four, or a rank failed.
+        ConfigError: an override that cannot be.
     """
     size = find_launch().size
+    _configs("", rate, seeds[0], steps + timed, overrides)  # what cannot be is refused before ranks start
     if size == 1:
         return _start_ranks(steps, timed, rate, json_path, seeds, overrides)
     if size != len(SPEEDS):
@@ -65,20 +65,16 @@ def bench_balance(steps: int, timed: int, rate: float, json_path: str | None, se
     with World.start(config_from_dict(CONFIG, [slowdown]).world) as world, tempfile.TemporaryDirectory() as folder:
         folder = world.broadcast_object(folder)
         for seed in seeds:
-            sides = {}
-            for name, of in SIDES.items():
-                own = [*(one.format(rate=rate) for one in of), *(overrides if of else ())]
-                sides[name] = Side(_build(world, f"{folder}/{seed}", name, own, steps + timed, seed))
+            sides = {name: Side(build_run(config, world, written_plan(config, world.size, None)[0]))
+                     for name, config in _configs(folder, rate, seed, steps + timed, overrides).items()}
             found.append(_one_seed(world, sides, steps, timed if seed == seeds[-1] else 0))
-            world.say(f"seed {seed} of {list(seeds)}: " + ", ".join(f"{name} {value:.4g}" for name, value in found[-1].items()
-                                                                    if "over" in name))
-        figures = {PREFIX + name: statistics.mean(of[name] for of in found if name in of) for name in found[-1]}
+            world.say(f"seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in found[-1].items()))
+        figures = {f"balance.4211.{name}": statistics.mean(of[name] for of in found if name in of) for name in found[-1]}
         if world.is_main:
             print(f"\nranks of speeds {SPEEDS} with 4 of 16 experts each, {steps} steps, seeds {list(seeds)}, bias rate "
                   f"{rate:g}{''.join(f', {one}' for one in overrides)}; loads of the last {LAST} steps")
             for name, value in figures.items():
-                each = [of[name.removeprefix(PREFIX)] for of in found if name.removeprefix(PREFIX) in of]
-                print(f"  {name} {value:.4g}" + (f"  ({', '.join(f'{one:.4g}' for one in each)})" if len(each) > 1 else ""))
+                print(f"  {name} {value:.4g}")
             write_figures(figures, json_path)
         return figures
 
@@ -137,10 +133,19 @@ def _phase_s(world: World, reports: Sequence[StepReport]) -> float:
     return sum(max(t.get(layer, 0.0) for t in times) for times in zip(*of_ranks) for layer in reports[0].loads)
 
 
-def _build(world: World, folder: str, name: str, overrides: list[str], length: int, seed: int) -> Run:
-    config = config_from_dict(CONFIG, [f"name={name}", f"folder={folder}", f"seed={seed}", f"phases=[{{train: {length}}}]",
-                                       *overrides])
-    return build_run(config, world, written_plan(config, world.size, None)[0])
+def _configs(folder: str, rate: float, seed: int, length: int, overrides: Sequence[str]) -> dict[str, Config]:
+    """The three trainings.
+
+    Raises:
+        ConfigError: an override that cannot be.
+    """
+    found = {}
+    for name, of in SIDES.items():
+        own = [*(one.format(rate=rate) for one in of), *(overrides if of else ())]
+        found[name] = config_from_dict(CONFIG, [f"name={name}", f"folder={folder}/{seed}", f"seed={seed}",
+                                                f"phases=[{{train: {length}}}]", *own])
+        check_config(found[name], len(SPEEDS))
+    return found
 
 
 def _start_ranks(steps: int, timed: int, rate: float, json_path: str | None, seeds: Sequence[int],

@@ -14,15 +14,15 @@ from moedist.routing.base import (
 class TopKRouter(Router):
     """Top-k softmax routing as in Mixtral (Jiang et al. 2024, arXiv 2401.04088, section 2.1).
 
-    With `bias_rate` > 0 there is a bias per expert, which moves after every step by `bias_rate` towards equal loads, or targets
-    (see `Router`). It is state of the model, the same on every rank, and no gradient reaches it.
+    With `bias_rate` > 0 there is a bias per expert, which moves after every step by `bias_rate` towards equal loads, or
+    targets (see `Router`). It is state of the model, the same on every rank, and no gradient reaches it.
 
     - `bias_in=choice`: it is added to the score that chooses, not to the weight: auxiliary-loss-free balancing (Wang et al.
       2024, arXiv 2408.15664, algorithm 1; their ablations have a rule without the sign).
     - `bias_in=logits`: it is added to the logits, so that weights too are those of softmax(x W + b). Probabilities with such a
       b, with which experts get what they are to get, are the plan of entropic optimal transport between tokens and experts,
       where b is the dual variable of the experts (Cuturi 2013, arXiv 1306.0895; over a stream of tokens, by steps like these,
-      Genevay et al. 2016, arXiv 1605.08527). An expert that the bias brings in weighs accordingly and learns from its tokens.
+      Genevay et al. 2016, arXiv 1605.08527); here what they get is counted in rows of the K best, not in probabilities.
     """
 
     balances = True
@@ -33,10 +33,10 @@ class TopKRouter(Router):
         self.register_buffer("bias", torch.zeros(experts))
 
     def forward(self, inputs: RouterInput) -> Assignment:
-        logits_TE, bias_E = self.scores(inputs), self.bias if self.config.bias_rate else torch.zeros_like(self.bias)
-        in_logits = self.config.bias_in == "logits"
-        probs_TE = (logits_TE + bias_E.to(logits_TE.dtype) if in_logits else logits_TE).softmax(-1)
-        experts_TK = self.choose(probs_TE if in_logits else probs_TE.detach() + bias_E.to(probs_TE.dtype))
+        logits_TE = self.scores(inputs)
+        bias_E, in_logits = self.bias.to(logits_TE.dtype), self.config.bias_in == "logits"
+        probs_TE = (logits_TE + bias_E if self.config.bias_rate and in_logits else logits_TE).softmax(-1)
+        experts_TK = self.choose(probs_TE.detach() + bias_E if self.config.bias_rate and not in_logits else probs_TE)
         weights_TK = probs_TE.gather(1, experts_TK)
         if self.config.normalize:
             weights_TK = scaled_to_one(weights_TK)

@@ -1,5 +1,7 @@
 """Balancing by speed on four real ranks: the expert phase comes near the bound and no expert moves."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,10 +9,11 @@ from moedist.bench.balance import SPEEDS, bench_balance, rows_in_place, rows_ove
 from moedist.checkpoint import read_meta
 from moedist.config import config_from_dict
 from moedist.coordinator import written_plan
-from moedist.errors import MoedistError
+from moedist.errors import ConfigError, MoedistError
 from moedist.phases.train import train_step
 from moedist.placement import Plan
 from moedist.trainer import build_run
+from tests.launching import moedist
 from tests.ranks import run_ranks
 
 STEPS, LAST = 110, 20
@@ -56,6 +59,26 @@ def test_loads_come_to_speeds_and_experts_stay(tmp_path, cache):
     first_W = np.sum(rows[:5], axis=0)
     assert (first_W / SPEEDS).max() / (first_W.sum() / sum(SPEEDS)) > 1.5
     assert balance < 0.8  # experts have the loads of their ranks, not equal ones
+
+
+@pytest.mark.timeout(600)  # it starts four ranks, which read text
+def test_it_starts_its_ranks_and_writes_the_figures(tmp_path, cache):
+    out = tmp_path / "balance.json"
+    done = moedist(1, cache, "bench", "balance", "router.bias_in=logits", "--steps", "10", "--timed", "10", "--rate", "0.05",
+                   "--seeds", "3", "4", "--json", str(out))
+    figures = {name.removeprefix("balance.4211."): value for name, value in json.loads(out.read_text()).items()}
+    assert all(figures[f"{side}.rows_over_bound"] > 1 and 0 < figures[f"{side}.rows_in_place"] < 1 and
+               1 < figures[f"{side}.perplexity"] < 257 for side in ("loss", "bias", "speed"))
+    assert all(figures[f"{side}.timed_over_bound"] > 1 for side in ("bias", "speed")) and "loss.timed_over_bound" not in figures
+    said = [line.split(":")[0] for line in done.stdout.splitlines() if ": loss.rows_over_bound " in line]
+    assert said == ["seed 3", "seed 4"]
+
+
+@pytest.mark.parametrize("override, words", [("router.bias_rat=1", "bias_rate"), ("model.top_k=17", "17")])
+def test_overrides_that_cannot_be_are_refused_before_ranks_start(monkeypatch, override, words):
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("ranks were started"))
+    with pytest.raises(ConfigError, match=words):
+        bench_balance(5, 0, 0.001, None, overrides=[override])
 
 
 def test_a_number_of_ranks_that_it_does_not_play_is_refused(monkeypatch):
